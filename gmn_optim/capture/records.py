@@ -1,0 +1,139 @@
+"""What backward passes leave behind of each layer, and how that is put together to factors."""
+
+import weakref
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gmn_optim.capture.verification import ProbeSums
+from gmn_optim.gradients import DecomposedGradient
+
+
+class Record(NamedTuple):
+    """One call of one layer, seen by one backward pass.
+
+    Attributes:
+        weight: Weak reference to the parameter that was used.
+        forward: Number of the root forward pass that made the call.
+        call: Running number of the call.
+        backward: Which backward pass reached it.
+        factors: What is kept of it: activations (b, p, i) and backprops (b, p, o).
+        sums: The probe's sums over all rows, also those that are not kept.
+        onto_gradient: Whether ``.grad`` held something when the backward pass came.
+    """
+
+    weight: weakref.ref[nn.Parameter]
+    forward: int
+    call: int
+    backward: int
+    factors: DecomposedGradient
+    sums: ProbeSums
+    onto_gradient: bool
+
+
+class RecordStore:
+    """Records by the parameter that was used, so that tied and reused layers meet.
+
+    Example:
+        >>> store = RecordStore()
+        >>> store.of(nn.Parameter(torch.ones(2, 3)))
+        []
+    """
+
+    def __init__(self) -> None:
+        self._records: dict[int, list[Record]] = {}
+
+    def add(self, record: Record) -> None:
+        """Append a record."""
+        self._records.setdefault(id(record.weight()), []).append(record)
+
+    def of(self, weight: nn.Parameter) -> list[Record]:
+        """Return the records of ``weight``, oldest first."""
+        # The identity may have passed from a deleted parameter to a new one.
+        return [record for record in self._records.get(id(weight), ()) if record.weight() is weight]
+
+    def keep_pass(self, weight: nn.Parameter, backward: int) -> None:
+        """Drop the records of ``weight`` that another backward pass left."""
+        kept = [record for record in self.of(weight) if record.backward == backward]
+        self._records[id(weight)] = kept
+
+    def clear(self) -> None:
+        """Drop everything."""
+        self._records.clear()
+
+
+def thin_factors(factors: DecomposedGradient, rows: int | None) -> DecomposedGradient:
+    """Return at most ``rows`` of the b * p rows, with backprops scaled up so that their sum stays in expectation.
+
+    Whole data points are left out first, at even strides; positions only when not even one data point fits.
+
+    Args:
+        factors: Activations (b, p, i) and backprops (b, p, o).
+        rows: The most rows to keep, at least 1; None for all.
+
+    Example:
+        >>> factors = DecomposedGradient(torch.ones(8, 3, 2), torch.ones(8, 3, 1))
+        >>> thin_factors(factors, 12).activations.shape
+        torch.Size([4, 3, 2])
+        >>> thin_factors(factors, 12).sum_of_backprops()
+        tensor([24.])
+    """
+    data_points, positions = factors.backprops.shape[:2]
+    if rows is None or data_points * positions <= rows:
+        return factors
+    kept_points = max(1, rows // positions)
+    kept_positions = min(positions, rows // kept_points)
+    activations, backprops = (_stride(_stride(part, 0, kept_points), 1, kept_positions) for part in factors)
+    scale = (data_points * positions) / (kept_points * kept_positions)
+    return DecomposedGradient(activations, backprops * scale)
+
+
+def assemble_factors(records: list[Record]) -> DecomposedGradient:
+    """Return the factors of several calls as one set.
+
+    Calls in the same root forward pass with the same number of data points are repeated uses by the same data
+    points: they are put side by side along p. All else adds data points along b. Where the numbers of positions
+    disagree, every row becomes a data point of its own, (R, 1, i) and (R, 1, o).
+
+    Args:
+        records: At least one record of one parameter.
+
+    Example:
+        >>> from gmn_optim.capture import GradientCapture
+        >>> layer = nn.Linear(3, 3)
+        >>> with GradientCapture(layer) as capture:
+        ...     for batch in (torch.ones(5, 3), torch.ones(4, 3)):
+        ...         layer(batch).sum().backward()
+        >>> capture.gradients()[""].activations.shape
+        torch.Size([9, 1, 3])
+    """
+    units: dict[tuple[int, int], list[DecomposedGradient]] = {}
+    for record in sorted(records, key=lambda record: (record.forward, record.backward, record.call)):
+        units.setdefault((record.forward, record.backward), []).append(record.factors)
+    parts = [part for unit in units.values() for part in _join_positions(unit)]
+    if len({part.activations.shape[1] for part in parts}) > 1:
+        parts = [DecomposedGradient(*(factor.flatten(0, 1).unsqueeze(1) for factor in part)) for part in parts]
+    return _concatenate(parts, 0)
+
+
+def _join_positions(unit: list[DecomposedGradient]) -> list[DecomposedGradient]:
+    """Put the uses by the same data points side by side, if they can be."""
+    if len({part.activations.shape[0] for part in unit}) > 1:
+        return unit
+    return [_concatenate(unit, 1)]
+
+
+def _concatenate(parts: list[DecomposedGradient], axis: int) -> DecomposedGradient:
+    """Concatenate along one axis, without a copy when there is nothing to concatenate."""
+    if len(parts) == 1:
+        return parts[0]
+    return DecomposedGradient(*(torch.cat(factors, axis) for factors in zip(*parts, strict=True)))
+
+
+def _stride(tensor: Tensor, axis: int, kept: int) -> Tensor:
+    """Keep evenly spread entries along an axis."""
+    size = tensor.shape[axis]
+    if kept >= size:
+        return tensor
+    return tensor.index_select(axis, torch.arange(kept, device=tensor.device) * size // kept)

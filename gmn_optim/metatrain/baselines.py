@@ -1,0 +1,85 @@
+"""Tuned baselines: a nominal term alone, at every step size of a grid, all trainings side by side."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from gmn_optim.metatrain.evaluation import Curves, evaluate
+from gmn_optim.metatrain.unroll import Unroll
+from gmn_optim.rule import RuleConfig, UpdateRule
+from gmn_optim.rule.scalars import SPEED
+from gmn_optim.tasks.base import AbstractTask, Split
+
+ADAM_LRS = tuple(0.0005 * j for j in range(1, 21))
+"""The grid of the paper: 0.0005 j, j = 1..20 (Gelberg et al. 2025, section 7.2)."""
+
+MOMENTUM_LRS = tuple(float(f"{0.05 * 2 ** (j / 2):.3g}") for j in range(12))
+"""Twelve step sizes from 0.05 up to about 2.3, by factors of the square root of 2."""
+
+GRIDS = {"adam": ADAM_LRS, "momentum": MOMENTUM_LRS}
+
+
+class TunedBaseline(NamedTuple):
+    """A nominal term at its best step size.
+
+    Attributes:
+        lr: The step size whose mean validation curve has the lowest point.
+        grid: All that were tried.
+        validation: Curves on the validation set at ``lr``.
+        test: Curves on the test set at ``lr``, the same trainings.
+    """
+
+    lr: float
+    grid: tuple[float, ...]
+    validation: Curves
+    test: Curves
+
+
+def tune(
+    task: AbstractTask,
+    nominal: str,
+    seeds: Sequence[int],
+    *,
+    lrs: Sequence[float] = (),
+    steps: int | None = None,
+    every: int = 20,
+    progress: bool = False,
+) -> TunedBaseline:
+    """Return a nominal term alone at the best step size of a grid.
+
+    Args:
+        task: The inner problem.
+        nominal: ``adam``, ``momentum``, or another registered nominal term if ``lrs`` is given.
+        seeds: One per training at each step size.
+        lrs: The grid; by default the one in :data:`GRIDS`.
+        steps: Inner steps; the task's horizon by default.
+        every: Steps between two measurements.
+        progress: Whether to show bars.
+    """
+    grid = tuple(lrs) or GRIDS[nominal]
+    unroll = Unroll(task, UpdateRule(RuleConfig(nominal=nominal, body=None, alpha=grid[0])))
+    validation = _sweep(unroll, grid, seeds, "validation", steps, every, progress)
+    best = int(validation.held_out.unflatten(1, (len(grid), -1)).mean(2).min(0).values.argmin())
+    chosen = slice(best * len(seeds), (best + 1) * len(seeds))
+    test = _sweep(unroll, grid[best : best + 1], seeds, "test", steps, every, progress)
+    return TunedBaseline(grid[best], grid, Curves(*(c if c.dim() == 1 else c[:, chosen] for c in validation)), test)
+
+
+def _sweep(
+    unroll: Unroll,
+    grid: Sequence[float],
+    seeds: Sequence[int],
+    split: Split,
+    steps: int | None,
+    every: int,
+    progress: bool,
+) -> Curves:
+    """Return the curves of every step size, seeds of one step size beside one another."""
+    own = unroll.meta_parameters()
+    count = len(grid) * len(seeds)
+    meta = {name: value.expand(count, *value.shape).clone() for name, value in own.items()}
+    first = unroll.rule.alpha.initial
+    meta["alpha.raw"] = torch.tensor([math.log(lr / first) / SPEED for lr in grid for _ in seeds])
+    return evaluate(unroll, meta, [*seeds] * len(grid), steps=steps, every=every, split=split, progress=progress)

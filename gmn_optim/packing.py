@@ -1,0 +1,90 @@
+"""From a torch optimizer's per-parameter state to the flat state of the update rule, and views back.
+
+``optimizer.state[p]`` holds views of the flat tensors, so that saving, moving and copying an optimizer see ordinary
+per-parameter entries while a step works on few large tensors.
+"""
+
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gmn_optim.neurons import LayerPorts
+from gmn_optim.rule import Chunk, Layout, RuleState, UpdateRule
+from gmn_optim.rule.update import ChunkState
+
+StateByName = Mapping[str, MutableMapping[str, Any]]
+
+
+def pack_state(rule: UpdateRule, layout: Layout, state: StateByName, like: Tensor) -> RuleState:
+    """Return the rule's state with fresh flat tensors, filled with what ``state`` has; the rest starts anew.
+
+    Afterwards the entries in ``state`` are views of the flat tensors.
+
+    Args:
+        rule: The update rule.
+        layout: Which parameters stand where.
+        state: Parameter name to its entries in the optimizer's state.
+        like: A tensor with the dtype and device of the computation.
+    """
+    packed = rule.init_state(layout, like)
+    for chunk, flat in zip(layout.chunks, packed.chunks):
+        _exchange_chunk(chunk, flat, state)
+    if packed.memory.numel() and layout.spaces is not None:
+        for ports in layout.spaces.layers:
+            _exchange_layer(rule, layout, packed, ports, state)
+    return packed
+
+
+def overwrite_state(old: RuleState, new: RuleState) -> None:
+    """Copy a new state into the tensors of the old one, of which ``optimizer.state`` holds views."""
+    for target, source in zip(torch.utils._pytree.tree_leaves(old), torch.utils._pytree.tree_leaves(new)):
+        target.copy_(source)
+
+
+def _exchange_chunk(chunk: Chunk, flat: ChunkState, state: StateByName) -> None:
+    """Fill a chunk from the entries of its parameters, and put views there."""
+    start = 0
+    for segment in chunk.segments:
+        entries = state[segment.name]
+        views = {"step": flat.step}
+        place = slice(start, start + segment.size)
+        if flat.averages.shape[1]:
+            views["averages"] = flat.averages[place].view(*segment.shape, -1)
+        for number, buffer in enumerate(flat.nominal):
+            views[f"nominal_{number}"] = buffer[place].view(segment.shape)
+        _exchange(entries, views)
+        start += segment.size
+
+
+def _exchange_layer(
+    rule: UpdateRule, layout: Layout, packed: RuleState, ports: LayerPorts, state: StateByName
+) -> None:
+    """Fill one layer's part of the factor memory from the entries of its first parameter, and put views there."""
+    owner = memory_owner(layout, ports.name)
+    if owner is None or layout.spaces is None:
+        return
+    activations, backprops = rule.memory.of_layer(packed.memory, layout.spaces, ports)
+    views = {"memory_of_activations": activations, "memory_of_backprops": backprops, "memory_step": packed.step}
+    _exchange(state[owner], views)
+
+
+def memory_owner(layout: Layout, layer: str) -> str | None:
+    """Return the name of the parameter whose state keeps the factor memory of a layer."""
+    for chunk in layout.chunks:
+        for segment in chunk.segments:
+            if segment.layer == layer:
+                return segment.name
+    return None
+
+
+def _exchange(entries: MutableMapping[str, Any], views: Mapping[str, Tensor]) -> None:
+    """Copy entries of the right shape into the views, then let the views take their place."""
+    for key, view in views.items():
+        old = entries.get(key)
+        if isinstance(old, Tensor) and old.shape == view.shape:
+            view.copy_(old)
+        elif isinstance(old, (int, float)) and view.dim() == 0:
+            view.fill_(old)
+        entries[key] = view

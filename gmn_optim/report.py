@@ -1,0 +1,116 @@
+"""What an optimizer tells about itself: who updates what, and what happened."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gmn_optim.rule import Chunk
+from gmn_optim.rule.update import ChunkUpdate
+
+
+class SummaryRow(NamedTuple):
+    """One parameter.
+
+    Attributes:
+        parameter: Full name.
+        shape: Its shape.
+        layer: Kind of the layer that owns it.
+        updated_by: Arm of the rule, or name of the nominal term alone.
+        because: The reason.
+    """
+
+    parameter: str
+    shape: tuple[int, ...]
+    layer: str
+    updated_by: str
+    because: str
+
+
+class Summary(NamedTuple):
+    """A table of parameters; ``str()`` of it pastes into Markdown."""
+
+    rows: tuple[SummaryRow, ...]
+
+    def __str__(self) -> str:
+        """Return the table as text."""
+        header = tuple(name.replace("_", " ") for name in SummaryRow._fields)
+        return format_table([header, *(tuple(str(cell) for cell in row) for row in self.rows)])
+
+
+class ParameterReport(NamedTuple):
+    """The newest step of one parameter.
+
+    Attributes:
+        update_rms: Root mean square of the step at lr 1.
+        cosine: Cosine between the step that was subtracted and the gradient; 0 where either is zero.
+        guarded: Steps whose learned part was replaced by the nominal term, in all.
+        skipped: Steps at which its gradient was not finite, in all.
+    """
+
+    update_rms: float
+    cosine: float
+    guarded: int
+    skipped: int
+
+
+class StepReport(NamedTuple):
+    """What happened so far.
+
+    Attributes:
+        steps: Steps taken.
+        guarded: Guarded steps, added up over parameters.
+        skipped: Skipped steps, added up over parameters.
+        served_share: Share of the trained elements that the learned term serves.
+        parameters: By name, the newest step of each parameter that took part in it or was ever skipped.
+    """
+
+    steps: int
+    guarded: int
+    skipped: int
+    served_share: float
+    parameters: dict[str, ParameterReport]
+
+
+def format_table(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows, the first being the header, as aligned Markdown columns.
+
+    Example:
+        >>> print(format_table([("a", "bb"), ("ccc", "d")]))
+        a   | bb
+        --- | --
+        ccc | d
+    """
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.insert(1, " | ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def measure_chunk(chunk: Chunk, update: ChunkUpdate, gradient: Tensor) -> tuple[Chunk, Tensor]:
+    """Return per segment the means of step^2, gradient^2 and step * gradient (segments, 3), without a host transfer."""
+    products = torch.stack([update.step.square(), gradient.square(), update.step * gradient], dim=-1)
+    return chunk, chunk.mean_per_segment(products)
+
+
+def describe_steps(
+    steps: int,
+    skipped: Counter[str],
+    guarded: Mapping[str, Tensor],
+    measured: Sequence[tuple[Chunk, Tensor]],
+    served_share: float,
+) -> StepReport:
+    """Return the report of what an optimizer counted and measured."""
+    counts = {name: int(count) for name, count in guarded.items()}
+    newest = {}
+    for chunk, means in measured:
+        for segment, (step, gradient, product) in zip(chunk.segments, means.tolist(), strict=True):
+            scale = (step * gradient) ** 0.5
+            newest[segment.name] = (step**0.5, product / scale if scale > 0 else 0.0)
+    parameters = {
+        name: ParameterReport(*newest.get(name, (0.0, 0.0)), counts.get(name, 0), skipped[name])
+        for name in dict.fromkeys([*newest, *skipped])
+    }
+    return StepReport(steps, sum(counts.values()), sum(skipped.values()), served_share, parameters)

@@ -1,0 +1,9 @@
+"""The learned update rule, a pure function of parameters, gradients, neurons and state."""
+
+from gmn_optim.rule.config import RuleConfig as RuleConfig
+from gmn_optim.rule.layout import Chunk as Chunk
+from gmn_optim.rule.layout import Layout as Layout
+from gmn_optim.rule.layout import Segment as Segment
+from gmn_optim.rule.layout import build_chunks as build_chunks
+from gmn_optim.rule.update import RuleState as RuleState
+from gmn_optim.rule.update import UpdateRule as UpdateRule

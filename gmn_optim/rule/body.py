@@ -1,0 +1,60 @@
+"""Bodies: the learned function from a parameter's features to its step."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from gmn_optim.registry import Registry
+from gmn_optim.rule.features import TIME_SCALES
+
+bodies: Registry[type["AbstractBody"]] = Registry("body")
+
+
+class AbstractBody(nn.Module, ABC):
+    """A map from features of parameters to outputs, zero before any meta-training."""
+
+    @abstractmethod
+    def forward(self, parameters: Tensor, time: Tensor, around: Sequence[Tensor]) -> Tensor:
+        """Return outputs (size, outputs).
+
+        Args:
+            parameters: Features of the parameters (size, c).
+            time: Features of the step (11).
+            around: What GradMetaNet makes of the neurons on either side of each parameter, (., width) for
+                consecutive runs of parameters; empty without GradMetaNet.
+        """
+
+
+@bodies.register("ds")
+class PerParameterMLP(AbstractBody):
+    """DS: one MLP for every parameter by itself, three hidden layers of 32 in the paper.
+
+    Each group of inputs has a weight matrix of its own in the first layer, which is the product with their
+    concatenation without building it. GradMetaNet's product layer ends in that matrix, so it writes ``width`` channels.
+
+    Reference:
+        Gelberg et al. (2025), arXiv 2507.01649, section 7.2 and appendix F.2.
+    """
+
+    def __init__(self, channels: int, outputs: int, width: int, depth: int) -> None:
+        super().__init__()
+        self.from_parameters = nn.Linear(channels, width)
+        self.from_time = nn.Linear(len(TIME_SCALES), width, bias=False)
+        self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(depth - 1))
+        self.output = nn.Linear(width, outputs)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+
+    def forward(self, parameters: Tensor, time: Tensor, around: Sequence[Tensor]) -> Tensor:
+        """Return outputs (size, outputs)."""
+        # biases join the time term and sums are in place: the large tensor is written, not copied
+        hidden = nn.functional.linear(parameters, self.from_parameters.weight)
+        start = 0
+        for run in around:
+            hidden[start : start + run.shape[0]].add_(run)
+            start += run.shape[0]
+        hidden = hidden.add_(self.from_time(time) + self.from_parameters.bias).relu_()
+        for layer in self.hidden:
+            hidden = nn.functional.linear(hidden, layer.weight).add_(layer.bias).relu_()
+        return self.output(hidden)

@@ -1,0 +1,97 @@
+"""The configuration of an update rule, as it is saved in a card."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from gmn_optim.errors import InvalidArgumentError
+from gmn_optim.nn.gradmetanet import GradMetaNetConfig
+from gmn_optim.rule.body import bodies
+from gmn_optim.rule.memory import factor_memories
+from gmn_optim.rule.nominal import nominal_terms
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuleConfig:
+    """What an update rule is made of. Arms of the paper are configurations: SGDM, DS, DS+GMN.
+
+    Attributes:
+        nominal: Name of the nominal term.
+        body: Name of the learned body, or None for the nominal term alone.
+        gradmetanet: Sizes of the GradMetaNet whose embedding the body reads, or None.
+        memory: Name of the factor memory, ``slots`` or ``moments``.
+        data_points: Rows (data points times positions) that GradMetaNet reads at each step.
+        width: Hidden width of the body.
+        depth: Hidden layers of the body.
+        gated: Whether the body also scales the nominal term, ``nominal * exp(s) + beta * d``; the paper's does not.
+        scheduled: Whether alpha follows a meta-learned schedule, ``alpha exp(10 w . time features)``; the paper's is
+            constant.
+        alpha: Initial step size; None for the nominal term's own.
+        beta: Initial weight of the learned term.
+        guard: A tensor's learned step larger than this share of its size (root mean squares, plus 0.1 for the
+            size) is replaced by the nominal one.
+
+    Example:
+        >>> RuleConfig(nominal="adam", body=None).arm
+        'adam'
+        >>> RuleConfig(gradmetanet=GradMetaNetConfig()).arm
+        'momentum+ds+gmn'
+    """
+
+    nominal: str = "momentum"
+    body: str | None = "ds"
+    gradmetanet: GradMetaNetConfig | None = None
+    memory: str = "slots"
+    data_points: int = 32
+    width: int = 32
+    depth: int = 3
+    gated: bool = False
+    scheduled: bool = False
+    alpha: float | None = None
+    beta: float = 0.001
+    guard: float = 1.0
+
+    def __post_init__(self) -> None:
+        for registry, name in ((nominal_terms, self.nominal), (bodies, self.body), (factor_memories, self.memory)):
+            if name is not None:
+                registry[name]  # raises with near matches
+        faults = [
+            f"{name} = {value!r} must be {wanted}"
+            for name, value, good, wanted in (
+                ("data_points", self.data_points, self.data_points >= 1, ">= 1"),
+                ("width", self.width, self.width >= 1, ">= 1"),
+                ("depth", self.depth, self.depth >= 1, ">= 1"),
+                ("alpha", self.alpha, self.alpha is None or 0 < self.alpha < math.inf, "positive"),
+                ("beta", self.beta, 0 < self.beta < math.inf, "positive"),
+                ("guard", self.guard, self.guard > 0, "positive"),
+                ("gradmetanet", self.gradmetanet, self.gradmetanet is None or self.body is not None, "None if body is None"),
+            )
+            if not good
+        ]
+        if faults:
+            raise InvalidArgumentError("unusable rule configuration: " + "; ".join(faults))
+
+    @property
+    def arm(self) -> str:
+        """Return the arm's name, such as ``momentum+ds+gmn``."""
+        return "+".join([self.nominal, *([self.body] if self.body else []), *(["gmn"] if self.gradmetanet else [])])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "RuleConfig":
+        """Return the configuration that :meth:`to_dict` wrote.
+
+        Raises:
+            InvalidArgumentError: a key is unknown (a file of a newer version) or a value makes no sense.
+        """
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise InvalidArgumentError(f"rule configuration has unknown keys {unknown}; known are {sorted(known)}")
+        arguments = dict(values)
+        if arguments.get("gradmetanet") is not None:
+            arguments["gradmetanet"] = GradMetaNetConfig(**arguments["gradmetanet"])
+        return cls(**arguments)

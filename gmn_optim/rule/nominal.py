@@ -1,0 +1,89 @@
+"""Nominal terms: the hand-made optimizers that the learned term is added to."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from gmn_optim.registry import Registry
+from gmn_optim.rule.scalars import Decay, LogScalar
+
+Buffers = tuple[Tensor, ...]
+
+nominal_terms: Registry[type["AbstractNominalTerm"]] = Registry("nominal term")
+
+
+class AbstractNominalTerm(nn.Module, ABC):
+    """A pure direction from gradients, elementwise, with meta-learned scalars.
+
+    Attributes:
+        default_alpha: A sensible step size where the configuration names none.
+        buffers_per_parameter: How many tensors like the parameter the state holds.
+    """
+
+    default_alpha: float
+    buffers_per_parameter: int
+
+    @abstractmethod
+    def direction(
+        self, gradient: Tensor, buffers: Buffers, step: Tensor, momentum: Tensor | None = None
+    ) -> tuple[Tensor, Buffers]:
+        """Return the direction to be subtracted (size) and the new buffers.
+
+        Args:
+            gradient: Flat gradient (size).
+            buffers: State, each (size), zero at first.
+            step: Number of this step (), 1 at the first.
+            momentum: Decay of the average of gradients (), in place of the meta-learned one.
+        """
+
+
+@nominal_terms.register("momentum")
+class MomentumTerm(AbstractNominalTerm):
+    """An exponential moving average of the gradient, ``v <- mu v + (1 - mu) g``; the direction is v.
+
+    Equal to ``torch.optim.SGD`` with the same momentum and its lr times ``1 - mu``.
+    """
+
+    default_alpha = 0.1
+    buffers_per_parameter = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.momentum = Decay(0.9)
+
+    def direction(
+        self, gradient: Tensor, buffers: Buffers, step: Tensor, momentum: Tensor | None = None
+    ) -> tuple[Tensor, Buffers]:
+        """Return the averaged gradient."""
+        mu = self.momentum() if momentum is None else momentum
+        average = mu * buffers[0] + (1 - mu) * gradient
+        return average, (average,)
+
+
+@nominal_terms.register("adam")
+class AdamTerm(AbstractNominalTerm):
+    """Adam's direction with bias correction.
+
+    Reference:
+        Kingma and Ba (2015), "Adam", arXiv 1412.6980, algorithm 1.
+    """
+
+    default_alpha = 0.003
+    buffers_per_parameter = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.beta1 = Decay(0.9)
+        self.beta2 = Decay(0.999)
+        self.epsilon = LogScalar(1e-8)
+
+    def direction(
+        self, gradient: Tensor, buffers: Buffers, step: Tensor, momentum: Tensor | None = None
+    ) -> tuple[Tensor, Buffers]:
+        """Return ``m / (sqrt(v) + epsilon)``, both averages corrected for their start at zero."""
+        beta1, beta2 = self.beta1() if momentum is None else momentum, self.beta2()
+        first = beta1 * buffers[0] + (1 - beta1) * gradient
+        second = beta2 * buffers[1] + (1 - beta2) * gradient.square()
+        root = (second / (1 - torch.pow(beta2, step))).sqrt()
+        return first / (1 - torch.pow(beta1, step)) / (root + self.epsilon()), (first, second)

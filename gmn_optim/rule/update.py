@@ -1,0 +1,201 @@
+"""The update rule: one pure function that both ``GMNOptimizer.step`` and the vmapped inner loop call."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gmn_optim.neurons import NeuronSets
+from gmn_optim.nn.gradmetanet import GradMetaNet
+from gmn_optim.rule.body import bodies
+from gmn_optim.rule.config import RuleConfig
+from gmn_optim.rule.features import DECAYS, TIME_SCALES, parameter_features, time_features, update_averages
+from gmn_optim.rule.layout import Chunk, Layout
+from gmn_optim.rule.memory import factor_memories
+from gmn_optim.rule.nominal import nominal_terms
+from gmn_optim.rule.scalars import SPEED, LogScalar
+
+SIZE_FLOOR = 0.1
+"""Added to a tensor's root mean square before the guard compares a step with it: biases start at zero."""
+
+
+class ChunkState(NamedTuple):
+    """What the rule remembers of a chunk.
+
+    Attributes:
+        step: Steps taken ().
+        averages: Six moving averages of the gradient (size, 6); (size, 0) where no learned term reads them.
+        nominal: Buffers of the nominal term, each (size).
+    """
+
+    step: Tensor
+    averages: Tensor
+    nominal: tuple[Tensor, ...]
+
+
+class RuleState(NamedTuple):
+    """What the rule remembers of a model: one state per chunk, the factor memory (0 without) and its step count ()."""
+
+    chunks: tuple[ChunkState, ...]
+    memory: Tensor
+    step: Tensor
+
+
+class ChunkUpdate(NamedTuple):
+    """One chunk's step.
+
+    Attributes:
+        step: What to subtract from the parameters at lr 1 (size).
+        nominal: What the nominal term alone would have subtracted (size).
+        guarded: Per segment, whether the learned step was replaced by the nominal one (segments).
+    """
+
+    step: Tensor
+    nominal: Tensor
+    guarded: Tensor
+
+
+class UpdateRule(nn.Module):
+    """``theta <- theta - alpha (nominal + learned)``, its meta-parameters being the module's parameters.
+
+    Before any meta-training the learned term is zero and the rule is its nominal term.
+
+    Args:
+        config: What the rule is made of.
+
+    Reference:
+        Gelberg et al. (2025), arXiv 2507.01649, section 7.2; Harrison et al. (2022), arXiv 2209.11208, for the
+        nominal term.
+
+    Example:
+        >>> import torch
+        >>> from gmn_optim.rule.layout import Chunk, Layout, Segment
+        >>> layout = Layout((Chunk((Segment("w", (2,)),), learned=False),))
+        >>> rule = UpdateRule(RuleConfig(nominal="momentum", body=None, alpha=1.0))
+        >>> state = rule.init_state(layout)
+        >>> (update,), state = rule((torch.zeros(2),), (torch.ones(2),), state, layout)
+        >>> update.step
+        tensor([0.1000, 0.1000], grad_fn=<MulBackward0>)
+    """
+
+    def __init__(self, config: RuleConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.nominal = nominal_terms[config.nominal]()
+        self.alpha = LogScalar(config.alpha or self.nominal.default_alpha)
+        self.memory = factor_memories[config.memory]()
+        if config.gradmetanet is not None:
+            sizes = replace(config.gradmetanet, out_channels=config.width)
+            self.gradmetanet = GradMetaNet(self.memory.set_channels, self.memory.neuron_channels, sizes)
+        if config.scheduled:
+            self.schedule = nn.Linear(len(TIME_SCALES), 1)
+            nn.init.zeros_(self.schedule.weight)
+            nn.init.zeros_(self.schedule.bias)
+        if config.body is not None:
+            self.beta = LogScalar(config.beta)
+            self.body = bodies[config.body](3 + len(DECAYS), 2 if config.gated else 1, config.width, config.depth)
+
+    def init_state(self, layout: Layout, like: Tensor | None = None) -> RuleState:
+        """Return the state before the first step, with the dtype and device of ``like``."""
+        like = torch.zeros(()) if like is None else like
+        spaces = layout.spaces if self.config.gradmetanet else None
+        memory = self.memory.init(spaces, self.config.data_points, like) if spaces else like.new_zeros(0)
+        return RuleState(tuple(self.init_chunk(chunk, like) for chunk in layout.chunks), memory, like.new_zeros(()))
+
+    def init_chunk(self, chunk: Chunk, like: Tensor) -> ChunkState:
+        """Return a chunk's state before its first step."""
+        averages = like.new_zeros(chunk.size, len(DECAYS) if self._learns(chunk) else 0)
+        buffers = tuple(like.new_zeros(chunk.size) for _ in range(self.nominal.buffers_per_parameter))
+        return ChunkState(like.new_zeros(()), averages, buffers)
+
+    def forward(
+        self,
+        parameters: tuple[Tensor, ...],
+        gradients: tuple[Tensor, ...],
+        state: RuleState,
+        layout: Layout,
+        neurons: NeuronSets | None = None,
+        momenta: Sequence[Tensor | None] = (),
+    ) -> tuple[tuple[ChunkUpdate, ...], RuleState]:
+        """Return each chunk's update and the new state.
+
+        Args:
+            parameters: Flat parameters of each chunk (size).
+            gradients: Flat gradients of each chunk (size).
+            state: As :meth:`init_state` or an earlier call returned it.
+            layout: Which parameters stand where.
+            neurons: Features of the model's neurons; needed iff the rule has a GradMetaNet and a chunk it serves.
+            momenta: Per chunk, a decay of the nominal term's average of gradients in place of the meta-learned one.
+        """
+        embedding, memory = None, state.memory
+        step = state.step + 1
+        if neurons is not None and layout.spaces is not None:
+            features, memory = self.memory.update(memory, neurons, layout.spaces, step)
+            embedding = self.gradmetanet.embed(features.sets, layout.spaces, features.neurons)
+        each = zip(layout.chunks, parameters, gradients, state.chunks, momenta or [None] * len(layout.chunks), strict=True)
+        results = [
+            self.update_chunk(chunk, parameter, gradient, chunk_state, layout, embedding, momentum)
+            for chunk, parameter, gradient, chunk_state, momentum in each
+        ]
+        return tuple(update for update, _ in results), RuleState(tuple(new for _, new in results), memory, step)
+
+    def update_chunk(
+        self,
+        chunk: Chunk,
+        parameters: Tensor,
+        gradient: Tensor,
+        state: ChunkState,
+        layout: Layout,
+        embedding: Tensor | None,
+        momentum: Tensor | None = None,
+    ) -> tuple[ChunkUpdate, ChunkState]:
+        """Return one chunk's update and new state, given the embedding of all neurons (n, width)."""
+        step = state.step + 1
+        direction, buffers = self.nominal.direction(gradient, state.nominal, step, momentum)
+        alpha = self.step_size(step)
+        nominal = alpha * direction
+        if not self._learns(chunk):
+            guarded = torch.zeros(len(chunk.segments), dtype=torch.bool, device=nominal.device)
+            return ChunkUpdate(nominal, nominal, guarded), ChunkState(step, state.averages, buffers)
+        averages = update_averages(state.averages, gradient)
+        normalized = parameter_features(chunk, (parameters, gradient, direction, averages))
+        around = self._around(chunk, layout, embedding)
+        output = self.body(normalized.features, time_features(step), around)
+        learned = self._combine(output, direction) * alpha
+        update = self._guard(chunk, nominal, learned, normalized.scales)
+        return update, ChunkState(step, averages, buffers)
+
+    def step_size(self, step: Tensor) -> Tensor:
+        """Return alpha at a step (), 1 at the first, with its meta-learned schedule where the rule has one."""
+        if not self.config.scheduled:
+            return self.alpha()
+        return self.alpha() * torch.exp(SPEED * self.schedule(time_features(step)).squeeze(-1))
+
+    def _learns(self, chunk: Chunk) -> bool:
+        """Return whether the learned term serves this chunk."""
+        return chunk.learned and self.config.body is not None
+
+    def _around(self, chunk: Chunk, layout: Layout, embedding: Tensor | None) -> list[Tensor]:
+        """Return what the product layer makes of the neurons on either side of each parameter."""
+        if embedding is None or layout.spaces is None:
+            return []
+        weights, biases = chunk.layers_in_role("weight"), chunk.layers_in_role("bias")
+        return self.gradmetanet.product.flat(embedding, layout.spaces, weights, biases)
+
+    def _combine(self, output: Tensor, direction: Tensor) -> Tensor:
+        """Return what is added to the nominal direction (size), from the body's output (size, 1 or 2)."""
+        learned = self.beta() * output[:, 0]
+        if not self.config.gated:
+            return learned
+        # tanh bounds the gate to [1/e^2, e^2], so that one bad feature cannot undo the nominal term
+        return learned + direction * torch.expm1(2.0 * torch.tanh(output[:, 1]))
+
+    def _guard(self, chunk: Chunk, nominal: Tensor, learned: Tensor, scales: Tensor) -> ChunkUpdate:
+        """Replace learned steps that are not finite or too large, and those of tensors with no gradient at all."""
+        size = chunk.mean_per_segment(learned.square().unsqueeze(-1)).squeeze(-1).sqrt()
+        fits = size <= self.config.guard * (scales[:, 0] + SIZE_FLOOR)  # False for NaN too
+        takes = (fits & (scales[:, 1] > 0)).unsqueeze(-1)
+        kept = torch.where(chunk.per_element(takes).squeeze(-1), learned, torch.zeros_like(learned))
+        return ChunkUpdate(nominal + kept, nominal, ~fits)

@@ -1,0 +1,45 @@
+"""What meta-training asks of a task: three pure methods."""
+
+from abc import ABC, abstractmethod
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from gmn_optim.registry import Registry
+
+Parameters = dict[str, Tensor]
+Batch = tuple[Tensor, ...]
+Split = Literal["train", "validation", "test"]
+
+tasks: Registry[type["AbstractTask"]] = Registry("task")
+
+
+class AbstractTask(ABC):
+    """An inner problem: initial parameters, batches, and a loss. Randomness is passed in as a generator.
+
+    Attributes:
+        module: The network; its own parameters are placeholders for those that are passed in.
+        horizon: Steps of a full training.
+        loss_limit: Losses above this count as this in meta-training, so that a failed run stays bounded.
+    """
+
+    module: nn.Module
+    horizon: int
+    loss_limit: float
+
+    @abstractmethod
+    def init_parameters(self, generator: torch.Generator) -> Parameters:
+        """Return fresh parameters by name."""
+
+    @abstractmethod
+    def sample_batch(self, generator: torch.Generator, shape: tuple[int, ...] = ()) -> Batch:
+        """Return a training batch, or ``shape`` of them along leading axes."""
+
+    @abstractmethod
+    def loss(self, parameters: Parameters, batch: Batch) -> Tensor:
+        """Return the mean loss () of one batch."""
+
+    def held_out(self, split: Split) -> Batch:
+        """Return the whole held-out set of ``validation`` or ``test`` as one batch; by default a fixed sample."""
+        return self.sample_batch(torch.Generator().manual_seed({"train": 0, "validation": 1, "test": 2}[split]))

@@ -1,0 +1,135 @@
+import pytest
+import torch
+from torch.func import functional_call
+
+from gmn_optim.errors import InvalidArgumentError, UnknownNameError
+from gmn_optim.metatrain import Horizons, MetaShape, Unroll, estimators
+from gmn_optim.rule import RuleConfig, UpdateRule
+from gmn_optim.tasks.quadratic import QuadraticTask
+
+HORIZON, TRUNCATION = 20, 5
+
+
+def quadratic_unroll():
+    task = QuadraticTask(size=2, condition=10.0, noise=0.0, horizon=HORIZON, dtype=torch.float64)
+    return Unroll(task, UpdateRule(RuleConfig(nominal="momentum", body=None, alpha=0.05)).double())
+
+
+def exact_meta_gradient(unroll, steps=HORIZON, truncation=None):
+    """Slow and obvious: one training by hand, autograd through all of it (or from each truncation's start alone)."""
+    meta = {name: value.clone().requires_grad_() for name, value in unroll.meta_parameters().items()}
+    x, state = torch.ones(2, dtype=torch.float64), unroll.start(torch.Generator(), 1)
+    rule_state = torch.utils._pytree.tree_map(lambda leaf: leaf[0], state.rule)
+    losses = []
+    for step in range(steps):
+        if truncation and step % truncation == 0:
+            x, rule_state = torch.utils._pytree.tree_map(lambda leaf: leaf.detach(), (x, rule_state))
+        losses.append(0.5 * (unroll.task.curvatures * x.square()).sum())
+        gradient = unroll.task.curvatures * x
+        (update,), rule_state = functional_call(unroll.rule, meta, ((x,), (gradient,), rule_state, unroll.layout))
+        x = x - update.step
+    gradients = torch.autograd.grad(torch.stack(losses).mean(), list(meta.values()))
+    return torch.stack(gradients)
+
+
+def estimates_over_a_horizon(name, replicates, truncation=TRUNCATION, **settings):
+    unroll = quadratic_unroll()
+    shape = MetaShape(unroll.meta_parameters())
+    meta = shape.flatten(unroll.meta_parameters())
+    horizons = Horizons(HORIZON, HORIZON, staggered=False)
+    estimator = estimators[name](unroll, shape, horizons=horizons, truncation=truncation, **settings)
+    generator = torch.Generator().manual_seed(7)
+    results = []
+    for _ in range(replicates):
+        state, parts = estimator.init(generator), []
+        for _ in range(HORIZON // truncation):
+            estimate, state = estimator.estimate(meta, state, generator)
+            parts.append(estimate.gradient)
+        results.append(torch.stack(parts).mean(0))
+    return torch.stack(results)
+
+
+def deviation_in_standard_errors(samples, truth):
+    return ((samples.mean(0) - truth) / (samples.std(0) / len(samples) ** 0.5)).abs()
+
+
+def test_pes_is_unbiased_on_a_quadratic():
+    samples = estimates_over_a_horizon("pes", replicates=50, unrolls=256, sigma=1e-3)
+    assert deviation_in_standard_errors(samples, exact_meta_gradient(quadratic_unroll())).max() < 4
+
+
+def test_truncated_es_is_biased_on_the_same_quadratic():
+    samples = estimates_over_a_horizon("truncated-es", replicates=50, unrolls=256, sigma=1e-3)
+    assert deviation_in_standard_errors(samples, exact_meta_gradient(quadratic_unroll())).max() > 8
+
+
+def test_truncated_es_is_unbiased_for_its_own_truncations():
+    samples = estimates_over_a_horizon("truncated-es", replicates=50, unrolls=256, sigma=1e-3)
+    truth = exact_meta_gradient(quadratic_unroll(), truncation=TRUNCATION)
+    assert deviation_in_standard_errors(samples, truth).max() < 4
+
+
+@pytest.mark.parametrize("truncation", [TRUNCATION, HORIZON])
+def test_backpropagation_gives_the_gradient_of_each_truncation(truncation):
+    samples = estimates_over_a_horizon("backprop", replicates=1, truncation=truncation, unrolls=2)
+    torch.testing.assert_close(samples[0], exact_meta_gradient(quadratic_unroll(), truncation=truncation))
+
+
+def test_emphasis_weighs_late_losses_and_keeps_the_mean_weight():
+    unroll = quadratic_unroll()
+    estimator = estimators["pes"](
+        unroll, MetaShape(unroll.meta_parameters()), horizons=Horizons(100, 100), truncation=50, emphasis=2.0
+    )
+    losses = torch.ones(50, 1, dtype=torch.float64)
+    early = estimator.meta_loss(losses, torch.tensor([0]), torch.tensor([100]))
+    late = estimator.meta_loss(losses, torch.tensor([50]), torch.tensor([100]))
+    assert late > 5 * early
+    torch.testing.assert_close((early + late) / 2, torch.ones(1, dtype=torch.float64), rtol=1e-3, atol=0)
+
+
+def test_losses_that_are_not_finite_or_huge_count_as_the_limit():
+    unroll = quadratic_unroll()
+    estimator = estimators["pes"](unroll, MetaShape(unroll.meta_parameters()), horizons=Horizons(20, 20))
+    losses = torch.tensor([[torch.nan, torch.inf, 1e9, 2.0]], dtype=torch.float64)
+    ages, ends = torch.zeros(4), torch.full((4,), 20)
+    limit = unroll.task.loss_limit
+    assert estimator.meta_loss(losses, ages, ends).tolist() == [limit, limit, limit, 2.0]
+
+
+def test_an_odd_number_of_unrolls_has_no_pairs():
+    unroll = quadratic_unroll()
+    with pytest.raises(InvalidArgumentError, match="even number of unrolls, got 3"):
+        estimators["pes"](unroll, MetaShape(unroll.meta_parameters()), unrolls=3, horizons=Horizons(20, 20))
+
+
+def test_an_unknown_estimator_is_named_with_near_matches():
+    with pytest.raises(UnknownNameError, match="Did you mean 'pes'"):
+        estimators["pess"]
+
+
+def test_both_sides_of_a_pair_start_alike_and_a_finished_pair_starts_anew():
+    unroll = quadratic_unroll()
+    shape = MetaShape(unroll.meta_parameters())
+    meta = shape.flatten(unroll.meta_parameters())
+    estimator = estimators["pes"](unroll, shape, unrolls=4, truncation=5, horizons=Horizons(10, 10, staggered=False))
+    generator = torch.Generator().manual_seed(0)
+    state = estimator.init(generator)
+    for half in (state.unrolls.parameters[0][:2], state.unrolls.parameters[0][2:]):
+        assert (half == 1.0).all()
+    for _ in range(3):
+        _, state = estimator.estimate(meta, state, generator)
+    assert state.ages.tolist() == [5, 5]
+    assert state.unrolls.rule.step.tolist() == [5, 5, 5, 5]
+    assert state.perturbations.abs().max() < 5 * estimator.sigma
+
+
+@pytest.mark.parametrize(("shortest", "longest"), [(100, 100), (50, 800)])
+def test_horizons_are_whole_truncations_within_their_range(shortest, longest):
+    drawn = Horizons(shortest, longest).sample(torch.Generator().manual_seed(0), 200, 50)
+    assert (drawn % 50 == 0).all() and drawn.min() >= shortest and drawn.max() <= longest
+    assert (drawn.unique().numel() > 5) == (longest > shortest)
+
+
+def test_staggered_first_horizons_end_at_different_times():
+    first = Horizons(800, 800).first(torch.Generator().manual_seed(0), 8, 50)
+    assert first.tolist() == [100, 200, 300, 400, 500, 600, 700, 800]
