@@ -80,7 +80,9 @@ def _add_meta_train(commands: Any) -> None:
 def _add_rule(group: Any) -> None:
     """Add the options that describe an update rule."""
     default = RuleConfig()
-    group.add_argument("--arm", choices=ARMS, default="ds+gmn", help="nominal term alone, learned body, with GradMetaNet")
+    group.add_argument(
+        "--arm", choices=ARMS, default="ds+gmn", help="nominal term alone, learned body, with GradMetaNet"
+    )
     group.add_argument("--nominal", default=default.nominal, help="nominal term")
     group.add_argument("--memory", default=default.memory, help="factor memory")
     group.add_argument("--data-points", type=int, default=default.data_points, help="rows that GradMetaNet reads")
@@ -151,7 +153,9 @@ def _list(options: argparse.Namespace) -> None:
             )
         )
     if len(rows) == 1:
-        raise InvalidArgumentError(f"no shipped weights match {options.pattern!r}; known are {', '.join(list_weights())}")
+        raise InvalidArgumentError(
+            f"no shipped weights match {options.pattern!r}; known are {', '.join(list_weights())}"
+        )
     _print(format_table(rows))
 
 
@@ -187,7 +191,14 @@ def results_table(results: dict[str, Any]) -> str:
     for key in [key for key in ("adam", "nominal", "rule") if key in names]:
         figures = results[key]
         steps, factor = figures["steps_to_target"], figures["factor"]
-        rows.append((names[key], f"{figures['best_loss']:.4f}", str(steps or "not reached"), f"{factor:.2f}x" if factor else "-"))
+        rows.append(
+            (
+                names[key],
+                f"{figures['best_loss']:.4f}",
+                str(steps or "not reached"),
+                f"{factor:.2f}x" if factor else "-",
+            )
+        )
     return format_table(rows)
 
 

@@ -6,7 +6,16 @@ reader of torch code expects. A message says what was found, what was expected a
 
 
 class GMNError(Exception):
-    """Base of all errors of this package."""
+    """Base of all errors of this package.
+
+    Example:
+        >>> import torch, gmn_optim
+        >>> try:
+        ...     gmn_optim.GMNOptimizer(torch.nn.Linear(1, 1), weights="defualt")
+        ... except GMNError as error:
+        ...     "Did you mean 'default'" in str(error)
+        True
+    """
 
 
 class ModelExpectedError(GMNError, TypeError):
@@ -50,4 +59,9 @@ class CheckpointError(GMNError, ValueError):
 
 
 class CaptureWarning(UserWarning):
-    """Factors of a layer are missing or do not explain its gradient; its nominal term is used instead."""
+    """Factors of a layer are missing or do not explain its gradient; its nominal term is used instead.
+
+    Example:
+        >>> import warnings
+        >>> warnings.filterwarnings("ignore", category=CaptureWarning)
+    """

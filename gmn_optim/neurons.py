@@ -111,8 +111,10 @@ def infer_spaces(widths: Mapping[str, tuple[int, int]], flows: Mapping[str, Flow
     for name in _sources_first(list(widths), flows):
         fan_in, fan_out = widths[name]
         flow = flows.get(name)
-        if flow is not None and flow.source in written:
-            input_space = written[flow.source]
+        source = written.get(flow.source) if flow is not None else None
+        # a port may have other neurons than its source, such as the taps of a convolution
+        if source is not None and spaces[source].width == fan_in:
+            input_space = source
             shared = spaces[input_space]
             spaces[input_space] = NeuronSpace(shared.width, "hidden", shared.depth, name, shared.writer)
         else:
@@ -199,18 +201,19 @@ def _flatten_rows(gradient: DecomposedGradient) -> tuple[Tensor, Tensor]:
 def _choose_rows(flat: Mapping[str, tuple[Tensor, Tensor]], rows: int) -> dict[str, Tensor]:
     """Return, for every layer, the chosen row numbers; layers with equal numbers of rows share them."""
     norms: dict[int, Tensor] = {}
-    for _, g in flat.values():
-        norm = g.square().sum(-1)
+    for a, g in flat.values():
+        norm = torch.stack([a.square().sum(-1), g.square().sum(-1)])
         norms[g.shape[0]] = norms[g.shape[0]] + norm if g.shape[0] in norms else norm
-    chosen = {count: _quantile_ranks(norm, rows) for count, norm in norms.items()}
+    chosen = {count: _quantile_ranks(*norm, rows) for count, norm in norms.items()}
     return {name: chosen[g.shape[0]] for name, (_, g) in flat.items()}
 
 
-def _quantile_ranks(norm: Tensor, rows: int) -> Tensor:
-    """Return the row numbers at ``rows`` evenly spaced ranks of ``norm``."""
-    count = norm.shape[0]
-    ranks = torch.arange(rows, device=norm.device).mul(2).add(1).mul(count).div(2 * rows, rounding_mode="floor")
-    return norm.argsort(stable=True)[ranks]
+def _quantile_ranks(of_a: Tensor, of_g: Tensor, rows: int) -> Tensor:
+    """Return the row numbers at ``rows`` evenly spaced ranks of ``of_g``; rows of equal ``of_g`` stand by ``of_a``."""
+    count = of_g.shape[0]
+    ranks = torch.arange(rows, device=of_g.device).mul(2).add(1).mul(count).div(2 * rows, rounding_mode="floor")
+    order = of_a.argsort(stable=True)
+    return order[of_g[order].argsort(stable=True)][ranks]
 
 
 def _zero_filled(a: Tensor | None, g: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,8 @@
 """GMNOptimizer: a learned optimizer in Adam's place."""
 
+import copy
 import math
+import operator
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -10,14 +12,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gmn_optim.capture import GradientCapture
+from gmn_optim.capture import GradientCapture, LayerFlow
 from gmn_optim.capture.adapters import require_adapter
 from gmn_optim.capture.verification import Verification
-from gmn_optim.errors import CaptureWarning, GMNError, InvalidArgumentError, InvalidParameterError, ModelExpectedError, WeightsError
+from gmn_optim.errors import (
+    CaptureWarning,
+    InvalidArgumentError,
+    InvalidParameterError,
+    ModelExpectedError,
+    WeightsError,
+)
 from gmn_optim.gradients import DecomposedGradient
 from gmn_optim.neurons import NeuronSets, NeuronSpaces, gather_neurons, infer_spaces
 from gmn_optim.packing import overwrite_state, pack_state
-from gmn_optim.report import StepReport, Summary, SummaryRow, describe_steps, measure_chunk
+from gmn_optim.report import MeasuredChunk, StepReport, Summary, SummaryRow, describe_steps, measure_chunk
 from gmn_optim.rule import Chunk, Layout, RuleConfig, RuleState, Segment, UpdateRule, build_chunks
 from gmn_optim.weights import Weights, load_weights
 
@@ -37,10 +45,11 @@ class _Active(NamedTuple):
 class _Runtime(NamedTuple):
     """What stays as it is while the same parameters take part in the steps."""
 
-    key: tuple[object, ...]
+    key: tuple[dict[str, LayerFlow], list[tuple[object, ...]]]
     layout: Layout
     state: RuleState
     rule: UpdateRule
+    views: list[Tensor]
 
 
 class GMNOptimizer(torch.optim.Optimizer):
@@ -114,7 +123,7 @@ class GMNOptimizer(torch.optim.Optimizer):
         self._capture: GradientCapture | None = None
         self._rows, self._seed = rows, seed
         self._forget()
-        super().__init__(list(model.named_parameters()) if params is None else params, defaults)
+        super().__init__(model.parameters() if params is None else params, defaults)
         own = {id(parameter) for parameter in model.parameters()}
         if not any(id(parameter) in own for group in self.param_groups for parameter in group["params"]):
             raise InvalidParameterError(
@@ -192,7 +201,7 @@ class GMNOptimizer(torch.optim.Optimizer):
             >>> model = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3))
             >>> print(GMNOptimizer(model, weights=None, nominal="adam").summary())
             parameter | shape  | layer     | updated by | because
-            --------- | ------ | --------- | ---------- | ---------------------------
+            --------- | ------ | --------- | ---------- | ----------------------------
             0.weight  | (3, 2) | Linear    | adam       | the rule has no learned term
             0.bias    | (3,)   | Linear    | adam       | the rule has no learned term
             1.weight  | (3,)   | LayerNorm | adam       | the rule has no learned term
@@ -230,6 +239,24 @@ class GMNOptimizer(torch.optim.Optimizer):
         Raises:
             WeightsError: the state was made with other weights.
         """
+        final: list[dict[str, Any]] = []  # what pre-hooks of the user made of the given dict
+
+        def check(_: torch.optim.Optimizer, given: dict[str, Any]) -> None:
+            self._require_same_weights(given)
+            final.append(given)
+
+        handles = [
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(lambda _: self._restore_precision(final[0]), prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _require_same_weights(self, state_dict: Mapping[str, Any]) -> None:
+        """Raise if a state was made with other weights."""
         wanted = self.param_groups[0]["weights"]
         for group in state_dict["param_groups"]:
             if group.get("weights", wanted) != wanted:
@@ -237,17 +264,12 @@ class GMNOptimizer(torch.optim.Optimizer):
                     f"the state was made with weights {group['weights']!r}, this optimizer has {wanted!r}; make it "
                     "with the same weights, or start without the state"
                 )
-        super().load_state_dict(state_dict)
-        self._runtime = None
-        self._restore_precision(state_dict)
 
     def _restore_precision(self, state_dict: Mapping[str, Any]) -> None:
-        """Undo the cast to the parameter's dtype, which would round the state of half-precision parameters."""
+        """Undo the cast to the parameter's dtype, which would round, and share no memory with the given dict."""
         own = [parameter for group in self.param_groups for parameter in group["params"]]
         saved = [number for group in state_dict["param_groups"] for number in group["params"]]
-        for parameter, number in zip(own, saved):
-            if parameter.dtype in (torch.float32, torch.float64):
-                continue
+        for parameter, number in zip(own, saved, strict=True):
             for key, value in state_dict["state"].get(number, {}).items():
                 entry = self.state[parameter].get(key)
                 if isinstance(value, Tensor) and isinstance(entry, Tensor) and value.shape == entry.shape:
@@ -255,18 +277,29 @@ class GMNOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy needs: the base's parts, the model and the rule. Hooks and flat tensors are made anew."""
-        made_anew = {"_capture", "_runtime", "_converted"}
+        made_anew = {"_capture", "_runtime", "_converted", "step"}  # schedulers put a wrapped step on the instance
         state = {key: value for key, value in self.__dict__.items() if key not in made_anew}
-        dropped = [key for key in state if "hooks" in key or key in ("_zero_grad_profile_name", "_warned_capturable_if_run_uncaptured")]
-        return {key: value for key, value in state.items() if key not in dropped}
+        dropped = [
+            key
+            for key in state
+            if "hooks" in key or key in ("_zero_grad_profile_name", "_warned_capturable_if_run_uncaptured")
+        ]
+        is_closed = self._capture is not None and self._capture.closed
+        return {"_is_closed": is_closed, **{key: value for key, value in state.items() if key not in dropped}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over a state, whole (of a copy) or in parts (of ``load_state_dict``)."""
         super().__setstate__(state)
         self._runtime = None
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                if key != "differentiable":  # torch puts it into the defaults of every copy
+                    group.setdefault(key, value)
         if "_model" in state:
             self._capture, self._converted = None, {}
             self._attach()
+            if self.__dict__.pop("_is_closed", False):
+                self.close()
 
     # ------------------------------------------------------------------ one step
 
@@ -277,7 +310,7 @@ class GMNOptimizer(torch.optim.Optimizer):
         self._steps = 0
         self._skipped: Counter[str] = Counter()
         self._guarded: dict[str, Tensor] = {}
-        self._measured: list[tuple[Chunk, Tensor]] = []
+        self._measured: list[MeasuredChunk] = []
         self._reasons: dict[str, str] = {}
         self._warned: set[str] = set()
 
@@ -315,11 +348,13 @@ class GMNOptimizer(torch.optim.Optimizer):
         ]
         sparse = [name for name, _, parameter in found if parameter.grad.layout != torch.strided]
         if sparse:
-            raise InvalidParameterError(f"gradients of {', '.join(sparse)} are sparse; make their layers with sparse=False")
+            raise InvalidParameterError(
+                f"gradients of {', '.join(sparse)} are sparse; make their layers with sparse=False"
+            )
         finite = _all_finite([parameter.grad for _, _, parameter in found])
         served = self._served(verdicts)
         active = []
-        for (name, group, parameter), usable in zip(found, finite):
+        for (name, group, parameter), usable in zip(found, finite, strict=True):
             if usable:
                 active.append(_Active(name, group, parameter, *served.get(id(parameter), (None, "other"))))
             else:
@@ -337,18 +372,18 @@ class GMNOptimizer(torch.optim.Optimizer):
         served: dict[int, tuple[str, str]] = {}
         if self._capture is None:
             return served
-        for name, module in self._capture.layers.items():
+        for name, parameters in self._capture.served_parameters().items():
             if name in verdicts and verdicts[name].explained:
-                for role, parameter in module._parameters.items():
-                    if parameter is not None and self._capture.layer_of(parameter) == name:
-                        served[id(parameter)] = (name, role)
+                served.update({id(parameter): (name, role) for role, parameter in parameters.items()})
         return served
 
     def _update(self, active: list[_Active], verdicts: Mapping[str, Verification]) -> None:
         """Compute the update of all active parameters, then change parameters and state."""
         runtime = self._prepare(active)
         tensors = {each.name: each.parameter for each in active}
-        gradients = {each.name: -each.parameter.grad if each.group["maximize"] else each.parameter.grad for each in active}
+        gradients = {
+            each.name: -each.parameter.grad if each.group["maximize"] else each.parameter.grad for each in active
+        }
         like = runtime.state.step
         flat_parameters = tuple(chunk.flatten(tensors).to(like) for chunk in runtime.layout.chunks)
         flat_gradients = tuple(chunk.flatten(gradients).to(like) for chunk in runtime.layout.chunks)
@@ -356,21 +391,26 @@ class GMNOptimizer(torch.optim.Optimizer):
         momenta = [_momentum(groups[chunk.segments[0].name], like) for chunk in runtime.layout.chunks]
         neurons = self._neurons(runtime, verdicts, groups)
         updates, state = runtime.rule(flat_parameters, flat_gradients, runtime.state, runtime.layout, neurons, momenta)
-        for chunk, update, gradient in zip(runtime.layout.chunks, updates, flat_gradients):
+        measured = []
+        for chunk, update, gradient in zip(runtime.layout.chunks, updates, flat_gradients, strict=True):
             for name, step in chunk.unflatten(update.step).items():
                 self._apply(tensors[name], step, groups[name], runtime.rule)
             self._count(chunk, update.guarded)
-        self._measured = [measure_chunk(*each) for each in zip(runtime.layout.chunks, updates, flat_gradients)]
+            lrs = [groups[segment.name]["lr"] for segment in chunk.segments]
+            measured.append(measure_chunk(chunk, update, gradient, lrs))
+        self._measured = measured
         overwrite_state(runtime.state, state)
         self._steps += 1
 
     def _apply(self, parameter: Tensor, step: Tensor, group: Mapping[str, Any], rule: UpdateRule) -> None:
         """Change one parameter."""
         lr = group["lr"]
+        if isinstance(lr, Tensor):
+            lr = lr.to(step).reshape(())
         if group["weight_decay"]:
             parameter.mul_(1 - lr * rule.alpha() * group["weight_decay"])
         if isinstance(lr, Tensor):
-            parameter.sub_((step * lr.to(step.device)).to(parameter.dtype))
+            parameter.sub_((step * lr).to(parameter.dtype))
         else:
             parameter.sub_(step.to(parameter.dtype), alpha=lr)
 
@@ -379,24 +419,36 @@ class GMNOptimizer(torch.optim.Optimizer):
         if chunk.learned:
             for number, segment in enumerate(chunk.segments):
                 count = guarded[number].long()
-                self._guarded[segment.name] = self._guarded[segment.name] + count if segment.name in self._guarded else count
+                self._guarded[segment.name] = (
+                    self._guarded[segment.name] + count if segment.name in self._guarded else count
+                )
 
     def _prepare(self, active: list[_Active]) -> _Runtime:
         """Return layout, flat state and rule of these parameters; those of the step before if nothing changed."""
-        spaces = self._spaces(active)
+        flows = {} if self._capture is None else self._capture.flows()
         key = (
-            spaces,
-            tuple((e.name, e.layer, e.role, e.parameter.dtype, _chunk_group(e.group, self.param_groups)) for e in active),
+            flows,
+            [(e.name, e.layer, e.role, e.parameter.dtype, _chunk_group(e.group, self.param_groups)) for e in active],
         )
-        if self._runtime is not None and self._runtime.key == key:
+        if self._runtime is not None and self._runtime.key == key and self._shows(self._runtime, active):
             return self._runtime
         doubles = any(each.parameter.dtype == torch.float64 for each in active)
         like = torch.zeros((), dtype=torch.float64 if doubles else torch.float32, device=active[0].parameter.device)
-        layout = Layout(tuple(self._chunks(active)), spaces)
+        layout = Layout(tuple(self._chunks(active)), self._spaces(active, flows))
         state = {each.name: self.state[each.parameter] for each in active}
         rule = self._converted_rule(like)
-        self._runtime = _Runtime(key, layout, pack_state(rule, layout, state, like), rule)
+        packed = pack_state(rule, layout, state, like)
+        self._runtime = _Runtime(key, layout, packed, rule, self._entries(active))
         return self._runtime
+
+    def _entries(self, active: list[_Active]) -> list[Tensor]:
+        """Return all entries of the state of these parameters."""
+        return [value for each in active for value in self.state[each.parameter].values()]
+
+    def _shows(self, runtime: _Runtime, active: list[_Active]) -> bool:
+        """Return whether the state still holds the views of the flat tensors, not what a user put there."""
+        entries = self._entries(active)
+        return len(entries) == len(runtime.views) and all(map(operator.is_, entries, runtime.views))
 
     def _chunks(self, active: list[_Active]) -> list[Chunk]:
         """Return chunks of parameters with the same steps taken, learned or not, momentum of their own or not."""
@@ -409,14 +461,16 @@ class GMNOptimizer(torch.optim.Optimizer):
             bundles.setdefault((learned, taken, _chunk_group(each.group, self.param_groups)), []).append(segment)
         return [chunk for (learned, _, _), segments in bundles.items() for chunk in build_chunks(segments, learned)]
 
-    def _spaces(self, active: list[_Active]) -> NeuronSpaces | None:
+    def _spaces(self, active: list[_Active], flows: Mapping[str, LayerFlow]) -> NeuronSpaces | None:
         """Return the neuron spaces of the layers that take part."""
         layers = dict.fromkeys(each.layer for each in active if each.layer is not None)
         if self._capture is None or not layers:
             return None
         modules = self._capture.layers
-        widths = {name: require_adapter(modules[name], name).widths(modules[name]) for name in modules if name in layers}
-        return infer_spaces(widths, self._capture.flows())
+        widths = {
+            name: require_adapter(modules[name], name).widths(modules[name]) for name in modules if name in layers
+        }
+        return infer_spaces(widths, flows)
 
     def _neurons(
         self, runtime: _Runtime, verdicts: Mapping[str, Verification], groups: Mapping[str, Mapping[str, Any]]
@@ -442,9 +496,7 @@ class GMNOptimizer(torch.optim.Optimizer):
         """Return the rule with the dtype and device of a computation."""
         key = (like.dtype, like.device)
         if key not in self._converted:
-            copy = UpdateRule(self._rule.config)
-            copy.load_state_dict(self._rule.state_dict())
-            self._converted[key] = copy.to(like).requires_grad_(False)
+            self._converted[key] = copy.deepcopy(self._rule).to(like).requires_grad_(False)
         return self._converted[key]
 
     # ------------------------------------------------------------------ reports

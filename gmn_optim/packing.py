@@ -29,7 +29,7 @@ def pack_state(rule: UpdateRule, layout: Layout, state: StateByName, like: Tenso
         like: A tensor with the dtype and device of the computation.
     """
     packed = rule.init_state(layout, like)
-    for chunk, flat in zip(layout.chunks, packed.chunks):
+    for chunk, flat in zip(layout.chunks, packed.chunks, strict=True):
         _exchange_chunk(chunk, flat, state)
     if packed.memory.numel() and layout.spaces is not None:
         for ports in layout.spaces.layers:
@@ -39,7 +39,7 @@ def pack_state(rule: UpdateRule, layout: Layout, state: StateByName, like: Tenso
 
 def overwrite_state(old: RuleState, new: RuleState) -> None:
     """Copy a new state into the tensors of the old one, of which ``optimizer.state`` holds views."""
-    for target, source in zip(torch.utils._pytree.tree_leaves(old), torch.utils._pytree.tree_leaves(new)):
+    for target, source in zip(torch.utils._pytree.tree_leaves(old), torch.utils._pytree.tree_leaves(new), strict=True):
         target.copy_(source)
 
 
@@ -58,9 +58,7 @@ def _exchange_chunk(chunk: Chunk, flat: ChunkState, state: StateByName) -> None:
         start += segment.size
 
 
-def _exchange_layer(
-    rule: UpdateRule, layout: Layout, packed: RuleState, ports: LayerPorts, state: StateByName
-) -> None:
+def _exchange_layer(rule: UpdateRule, layout: Layout, packed: RuleState, ports: LayerPorts, state: StateByName) -> None:
     """Fill one layer's part of the factor memory from the entries of its first parameter, and put views there."""
     owner = memory_owner(layout, ports.name)
     if owner is None or layout.spaces is None:

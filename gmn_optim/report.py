@@ -44,7 +44,7 @@ class ParameterReport(NamedTuple):
     """The newest step of one parameter.
 
     Attributes:
-        update_rms: Root mean square of the step at lr 1.
+        update_rms: Root mean square of what was subtracted, without weight decay.
         cosine: Cosine between the step that was subtracted and the gradient; 0 where either is zero.
         guarded: Steps whose learned part was replaced by the nominal term, in all.
         skipped: Steps at which its gradient was not finite, in all.
@@ -89,26 +89,34 @@ def format_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def measure_chunk(chunk: Chunk, update: ChunkUpdate, gradient: Tensor) -> tuple[Chunk, Tensor]:
-    """Return per segment the means of step^2, gradient^2 and step * gradient (segments, 3), without a host transfer."""
+class MeasuredChunk(NamedTuple):
+    """Per parameter of a chunk, the means of step^2, gradient^2 and step * gradient (segments, 3), and its lr."""
+
+    chunk: Chunk
+    means: Tensor
+    lrs: Sequence[float | Tensor]
+
+
+def measure_chunk(chunk: Chunk, update: ChunkUpdate, gradient: Tensor, lrs: Sequence[float | Tensor]) -> MeasuredChunk:
+    """Return the measures of a chunk's newest step, without a transfer to the host."""
     products = torch.stack([update.step.square(), gradient.square(), update.step * gradient], dim=-1)
-    return chunk, chunk.mean_per_segment(products)
+    return MeasuredChunk(chunk, chunk.mean_per_segment(products), lrs)
 
 
 def describe_steps(
     steps: int,
     skipped: Counter[str],
     guarded: Mapping[str, Tensor],
-    measured: Sequence[tuple[Chunk, Tensor]],
+    measured: Sequence[MeasuredChunk],
     served_share: float,
 ) -> StepReport:
     """Return the report of what an optimizer counted and measured."""
     counts = {name: int(count) for name, count in guarded.items()}
     newest = {}
-    for chunk, means in measured:
-        for segment, (step, gradient, product) in zip(chunk.segments, means.tolist(), strict=True):
+    for chunk, means, lrs in measured:
+        for segment, (step, gradient, product), lr in zip(chunk.segments, means.tolist(), lrs, strict=True):
             scale = (step * gradient) ** 0.5
-            newest[segment.name] = (step**0.5, product / scale if scale > 0 else 0.0)
+            newest[segment.name] = (step**0.5 * float(lr), product / scale if scale > 0 else 0.0)
     parameters = {
         name: ParameterReport(*newest.get(name, (0.0, 0.0)), counts.get(name, 0), skipped[name])
         for name in dict.fromkeys([*newest, *skipped])

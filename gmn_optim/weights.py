@@ -43,6 +43,11 @@ class WeightsCard:
         replay: Inner training losses of the first steps with stated seeds, which loading code must reproduce.
         limits: Known limits, a sentence each.
         format: Version of this layout.
+
+    Example:
+        >>> card = WeightsCard(name="mine", description="A rule of mine.", rule=RuleConfig(body=None).to_dict())
+        >>> WeightsCard.from_json(card.to_json()) == card
+        True
     """
 
     name: str
@@ -89,7 +94,12 @@ class WeightsCard:
 
 
 class Weights(NamedTuple):
-    """A meta-trained update rule and the card that tells what it is."""
+    """A meta-trained update rule and the card that tells what it is.
+
+    Example:
+        >>> load_weights("default").rule.config.arm
+        'adam+ds+gmn'
+    """
 
     rule: UpdateRule
     card: WeightsCard
@@ -128,13 +138,15 @@ def load_weights(name_or_path: str | Path) -> Weights:
     card_path = path.with_suffix(".json")
     for each, what in ((path, "weights"), (card_path, "card")):
         if not each.is_file():
-            raise WeightsError(f"{what} file {each} does not exist; weights are a .safetensors file beside a .json card")
+            raise WeightsError(
+                f"{what} file {each} does not exist; weights are a .safetensors file beside a .json card"
+            )
     content = path.read_bytes()
     card = WeightsCard.from_json(_read_text(card_path), card_path)
     found = hashlib.sha256(content).hexdigest()
     if found != card.sha256:
         raise WeightsError(
-            f"{path} has sha256 {found[:12]}..., its card says {card.sha256[:12]}...: the file is damaged or belongs "
+            f"{path} has sha256 {found[:12]}..., its card says {str(card.sha256)[:12]}...: the file is damaged or belongs "
             "to another card. Get both anew."
         )
     return Weights(_build_rule(card, _read_tensors(content, path), path), card)
@@ -158,7 +170,9 @@ def save_weights(rule: UpdateRule, card: WeightsCard, folder: str | Path) -> Wei
         True
     """
     if RuleConfig.from_dict(card.rule) != rule.config:
-        raise InvalidArgumentError(f"card {card.name!r} describes the rule {card.rule}, given is {rule.config.to_dict()}")
+        raise InvalidArgumentError(
+            f"card {card.name!r} describes the rule {card.rule}, given is {rule.config.to_dict()}"
+        )
     tensors = {name: value.detach().float().contiguous() for name, value in rule.named_parameters()}
     _require_finite(tensors, card.name)
     content = save_tensors(tensors)
@@ -211,7 +225,9 @@ def _read_tensors(content: bytes, path: Path) -> dict[str, Tensor]:
     try:
         return load_tensors(content)
     except SafetensorError as error:
-        raise WeightsError(f"{path} is no readable safetensors file ({error}): damaged or cut short. Get it anew.") from error
+        raise WeightsError(
+            f"{path} is no readable safetensors file ({error}): damaged or cut short. Get it anew."
+        ) from error
 
 
 def _build_rule(card: WeightsCard, tensors: Mapping[str, Tensor], path: Path) -> UpdateRule:

@@ -73,7 +73,9 @@ def plan_capture(model: nn.Module, forward: Callable[[], object]) -> CapturePlan
     calls: list[LayerCall] = []
     groups = {member.name: group for group in group_layers(find_layers(model)).values() for member in group.members}
 
-    def note(name: str, module: nn.Module, adapter: AbstractLayerAdapter, layer_input: Tensor, output: Tensor) -> Tensor:
+    def note(
+        name: str, module: nn.Module, adapter: AbstractLayerAdapter, layer_input: Tensor, output: Tensor
+    ) -> Tensor:
         calls.append(_describe_call(name, output.shape, groups[name]))
         return output
 
@@ -165,10 +167,10 @@ def _unplanned(plan: CapturePlan, place: int, name: str | None) -> str:
 def _assemble(
     served: _Served, plan: CapturePlan, inputs: tuple[Tensor, ...], signals: tuple[Tensor, ...]
 ) -> GradientSet:
-    """Return the factors by layer; several calls of one weight stand behind one another along the positions."""
+    """Return the factors by layer; several calls of one weight by the same data points are positions."""
     parts: dict[str, list[DecomposedGradient]] = {}
     recompositions: dict[str, Recomposition] = {}
-    for call, layer_input, signal in zip(plan.calls, inputs, signals):
+    for call, layer_input, signal in zip(plan.calls, inputs, signals, strict=True):
         module, adapter = served[call.layer]
         if call.owner is not None:
             gradient = DecomposedGradient(adapter.activations(module, layer_input), adapter.backprops(module, signal))
@@ -188,10 +190,19 @@ def _recomposition(adapter: AbstractLayerAdapter, module: nn.Module, parameters:
 
 
 def _joined(pieces: list[DecomposedGradient]) -> DecomposedGradient:
-    """Return several calls as one gradient."""
+    """Return several calls as one gradient: along p, or along b where the numbers of data points differ."""
     if len(pieces) == 1:
         return pieces[0]
-    return DecomposedGradient(*(torch.cat(factor, dim=1) for factor in zip(*pieces)))
+    if len({piece.backprops.shape[0] for piece in pieces}) == 1:
+        return _concatenated(pieces, 1)
+    if len({piece.backprops.shape[1] for piece in pieces}) > 1:
+        pieces = [DecomposedGradient(*(factor.flatten(0, 1).unsqueeze(1) for factor in piece)) for piece in pieces]
+    return _concatenated(pieces, 0)
+
+
+def _concatenated(pieces: list[DecomposedGradient], axis: int) -> DecomposedGradient:
+    """Return the pieces one behind the other."""
+    return DecomposedGradient(*(torch.cat(factor, dim=axis) for factor in zip(*pieces, strict=True)))
 
 
 _Intercept = Callable[[str, nn.Module, AbstractLayerAdapter, Tensor, Tensor], Tensor]

@@ -16,7 +16,7 @@ from gmn_optim.capture.layers import LayerGroup, ServedLayer, find_layers, group
 from gmn_optim.capture.recorder import Recorder
 from gmn_optim.capture.records import assemble_factors
 from gmn_optim.capture.verification import Verification
-from gmn_optim.capture.watching import LayerHook, RootEntryHook, RootExitHook
+from gmn_optim.capture.watching import InertHook, LayerHook, RootEntryHook, RootExitHook
 from gmn_optim.errors import CaptureError, InvalidArgumentError, ModelExpectedError
 from gmn_optim.gradients import DecomposedGradient, GradientSet
 
@@ -99,13 +99,17 @@ class GradientCapture:
         members = ((name, group.members[0].module) for name, group in self._groups().items())
         return {name: module for name, module in members if module is not None}
 
+    def served_parameters(self) -> dict[str, dict[str, Tensor]]:
+        """Return for each layer the parameters whose gradients its factors give, by their name in the layer."""
+        return {name: dict(group.parameters) for name, group in self._groups().items() if group.is_uniform}
+
     def layer_of(self, parameter: Tensor) -> str | None:
         """Return the layer whose factors give the gradient of ``parameter``, or None.
 
         The bias of one of several layers that share a weight has none: their factors are put together.
         """
-        for name, group in self._groups().items():
-            if group.is_uniform and any(served is parameter for served in group.parameters.values()):
+        for name, parameters in self.served_parameters().items():
+            if any(served is parameter for served in parameters.values()):
                 return name
         return None
 
@@ -118,6 +122,8 @@ class GradientCapture:
         model = None if self._model is None else self._model()
         if model is None:
             raise CaptureError("this capture is a copy, or its model is gone; make one with GradientCapture(model)")
+        for module in model.modules():
+            _drop_inert_hooks(module)
         found = {id(layer.module): layer for layer in find_layers(model, self._names)}
         for key in self._layers.keys() - found.keys():
             self._release(key)
@@ -220,6 +226,18 @@ def _recompose(group: LayerGroup, gradient: DecomposedGradient) -> dict[str, Ten
     member = group.members[0]
     recomposed = member.adapter.recompose(member.module, gradient)
     return {name: value for name, value in recomposed.items() if name in group.parameters}
+
+
+def _drop_inert_hooks(module: nn.Module) -> None:
+    """Remove what hooks of the model that this one is a copy of have left."""
+    for hooks, marks in (
+        (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),
+        (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
+    ):
+        for key in [key for key, hook in hooks.items() if isinstance(hook, InertHook)]:
+            del hooks[key]
+            for mark in marks:
+                mark.pop(key, None)
 
 
 def _remove_all(handles: dict[int | str, RemovableHandle]) -> None:

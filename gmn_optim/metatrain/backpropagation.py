@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from gmn_optim.metatrain.estimators import AbstractGradientEstimator, MetaGradient, estimators
+from gmn_optim.metatrain.estimators import AbstractGradientEstimator, MetaGradient, estimators, start_anew
 from gmn_optim.metatrain.unroll import UnrollState
 
 
@@ -52,10 +52,6 @@ class TruncatedBackpropagation(AbstractGradientEstimator):
         over = state.ages >= state.ends
         if not over.any():
             return state
-
-        def replaced(fresh: Tensor, old: Tensor) -> Tensor:
-            return torch.where(over.view(-1, *[1] * (old.dim() - 1)), fresh, old)
-
-        unrolls = tree_map(replaced, self.unroll.start(generator, self.unrolls), state.unrolls)
+        unrolls = start_anew(over, self.unroll.start(generator, self.unrolls), state.unrolls)
         ends = torch.where(over, self.horizons.sample(generator, self.unrolls, self.truncation), state.ends)
         return BackpropagationState(unrolls, state.ages.masked_fill(over, 0), ends)

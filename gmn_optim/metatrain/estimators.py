@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from gmn_optim.metatrain.unroll import Meta, UnrollState
 from gmn_optim.registry import Registry
@@ -18,6 +19,10 @@ class MetaGradient(NamedTuple):
     Attributes:
         gradient: With respect to the flat meta-parameters (m).
         loss: Mean inner training loss of the unrolls that it came from, not weighted ().
+
+    Example:
+        >>> MetaGradient(torch.zeros(3), torch.tensor(0.5)).loss.item()
+        0.5
     """
 
     gradient: Tensor
@@ -29,11 +34,17 @@ class Trainable(Protocol):
 
     task: AbstractTask
 
-    def start(self, generator: torch.Generator, unrolls: int) -> UnrollState: ...
+    def start(self, generator: torch.Generator, unrolls: int) -> UnrollState:
+        """Return fresh inner trainings."""
+        ...
 
-    def batches(self, generator: torch.Generator, steps: int, unrolls: int) -> Batch: ...
+    def batches(self, generator: torch.Generator, steps: int, unrolls: int) -> Batch:
+        """Return training batches (steps, unrolls, ...)."""
+        ...
 
-    def run(self, meta: Meta, state: UnrollState, batches: Batch) -> tuple[UnrollState, Tensor]: ...
+    def run(self, meta: Meta, state: UnrollState, batches: Batch) -> tuple[UnrollState, Tensor]:
+        """Return the trainings after these batches, and their losses (steps, k)."""
+        ...
 
 
 class Horizons(NamedTuple):
@@ -47,6 +58,12 @@ class Horizons(NamedTuple):
 
     Reference:
         Metz et al. (2022), arXiv 2203.11860, appendix, for log-uniform horizons and staggered starts.
+
+    Example:
+        >>> Horizons(100, 100).sample(torch.Generator(), count=2, truncation=50).tolist()
+        [100, 100]
+        >>> Horizons(100, 100).first(torch.Generator(), count=2, truncation=50).tolist()
+        [50, 100]
     """
 
     shortest: int
@@ -88,7 +105,10 @@ class MetaShape:
         """Return vectors (..., m) as named meta-parameters with the same leading axes."""
         pieces = vectors.split([shape.numel() for shape in self.shapes.values()], dim=-1)
         leading = vectors.shape[:-1]
-        return {name: piece.reshape((*leading, *shape)) for (name, shape), piece in zip(self.shapes.items(), pieces)}
+        return {
+            name: piece.reshape((*leading, *shape))
+            for (name, shape), piece in zip(self.shapes.items(), pieces, strict=True)
+        }
 
 
 class AbstractGradientEstimator(ABC):
@@ -103,6 +123,13 @@ class AbstractGradientEstimator(ABC):
         sigma: Standard deviation of the perturbations, where there are any.
         emphasis: A loss at step t of T weighs (emphasis + 1) (t/T)^emphasis: 0 for the mean over the horizon, more
             for what is reached late.
+
+    Example:
+        >>> class Nothing(AbstractGradientEstimator):
+        ...     def init(self, generator):
+        ...         return ()
+        ...     def estimate(self, meta, state, generator):
+        ...         return MetaGradient(torch.zeros_like(meta), torch.zeros(())), state
     """
 
     def __init__(
@@ -153,6 +180,15 @@ class AbstractGradientEstimator(ABC):
         """Return the mean of losses (steps, k), bounded but not weighted: what a log shows ()."""
         limit = self.unroll.task.loss_limit
         return losses.nan_to_num(nan=limit, posinf=limit, neginf=limit).clamp_max(limit).mean()
+
+
+def start_anew(over: Tensor, fresh: UnrollState, old: UnrollState) -> UnrollState:
+    """Return the old inner trainings with those that are over (k) replaced by fresh ones."""
+
+    def choose(new: Tensor, kept: Tensor) -> Tensor:
+        return torch.where(over.view(-1, *[1] * (kept.dim() - 1)), new, kept)
+
+    return tree_map(choose, fresh, old)
 
 
 estimators: Registry[Callable[..., AbstractGradientEstimator]] = Registry("meta-gradient estimator")

@@ -19,6 +19,11 @@ class Curves(NamedTuple):
         steps: Inner steps taken at each point (points).
         held_out: Loss on the held-out set (points, k); infinite where it is not a number.
         training: Mean training loss of the steps since the point before (points, k).
+
+    Example:
+        >>> curves = Curves(torch.tensor([0, 20]), torch.tensor([[2.0], [1.0]]), torch.tensor([[2.0], [1.5]]))
+        >>> curves.steps_to(1.5).item(), curves.best().tolist()
+        (20.0, [1.0])
     """
 
     steps: Tensor
@@ -61,6 +66,14 @@ def evaluate(
         every: Steps between two measurements.
         split: ``validation`` or ``test``.
         progress: Whether to show a bar.
+
+    Example:
+        >>> from gmn_optim.rule import RuleConfig, UpdateRule
+        >>> from gmn_optim.tasks.quadratic import QuadraticTask
+        >>> unroll = Unroll(QuadraticTask(), UpdateRule(RuleConfig(body=None)))
+        >>> curves = evaluate(unroll, unroll.meta_parameters(), seeds=[1, 2], every=10)
+        >>> curves.steps.tolist(), tuple(curves.held_out.shape)
+        ([0, 10, 20], (3, 2))
     """
     steps = steps or unroll.task.horizon
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -69,11 +82,15 @@ def evaluate(
     points = []
     with torch.no_grad():
         points.append((0, measure(unroll, state, held_out), torch.full((len(seeds),), torch.nan)))
-        for done in tqdm(range(every, steps + 1, every), desc=f"evaluation on {split}", disable=not progress, leave=False):
+        for done in tqdm(
+            range(every, steps + 1, every), desc=f"evaluation on {split}", disable=not progress, leave=False
+        ):
             batches = [unroll.task.sample_batch(generator, (every,)) for generator in generators]
-            state, losses = unroll.run(meta, state, tuple(torch.stack(part, dim=1) for part in zip(*batches)))
+            state, losses = unroll.run(
+                meta, state, tuple(torch.stack(part, dim=1) for part in zip(*batches, strict=True))
+            )
             points.append((done, measure(unroll, state, held_out), losses.mean(0)))
-    at, values, training = zip(*points)
+    at, values, training = zip(*points, strict=True)
     return Curves(torch.tensor(at), torch.stack(values), torch.stack(training))
 
 
@@ -91,4 +108,4 @@ def _start(unroll: Unroll, generators: Sequence[torch.Generator]) -> UnrollState
     states = [unroll.start(generator, 1) for generator in generators]
     leaves = [torch.utils._pytree.tree_leaves(state) for state in states]
     spec = torch.utils._pytree.tree_structure(states[0])
-    return torch.utils._pytree.tree_unflatten([torch.cat(parts) for parts in zip(*leaves)], spec)
+    return torch.utils._pytree.tree_unflatten([torch.cat(parts) for parts in zip(*leaves, strict=True)], spec)

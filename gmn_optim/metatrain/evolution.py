@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from gmn_optim.errors import InvalidArgumentError
-from gmn_optim.metatrain.estimators import AbstractGradientEstimator, MetaGradient, estimators
+from gmn_optim.metatrain.estimators import AbstractGradientEstimator, MetaGradient, estimators, start_anew
 from gmn_optim.metatrain.unroll import UnrollState
 
 
@@ -80,12 +80,7 @@ class EvolutionStrategy(AbstractGradientEstimator):
         over = state.ages >= state.ends
         if not over.any():
             return state
-        both = torch.cat([over, over])
-
-        def replaced(fresh: Tensor, old: Tensor) -> Tensor:
-            return torch.where(both.view(-1, *[1] * (old.dim() - 1)), fresh, old)
-
-        unrolls = tree_map(replaced, self._start(generator), state.unrolls)
+        unrolls = start_anew(over.repeat(2), self._start(generator), state.unrolls)
         ends = torch.where(over, self.horizons.sample(generator, self.pairs, self.truncation), state.ends)
         perturbations = state.perturbations.masked_fill(over[:, None], 0.0)
         return EvolutionState(unrolls, perturbations, state.ages.masked_fill(over, 0), ends)

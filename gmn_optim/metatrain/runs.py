@@ -14,9 +14,9 @@ from gmn_optim.metatrain.trainer import CHECKPOINT
 from gmn_optim.metatrain.unroll import Unroll
 from gmn_optim.rule import RuleConfig, UpdateRule
 from gmn_optim.tasks import tasks
+from gmn_optim.version import __version__
 from gmn_optim.weights import Weights, WeightsCard, save_weights
 
-PACKAGE_VERSION = "0.1.0"
 REPORT_SEEDS = (1, 2, 3, 4, 5)
 """Of the trainings that a card reports; neither meta-training nor validation saw them."""
 
@@ -101,7 +101,7 @@ def export_run(
         training={**settings["trainer"], "chosen_step": step, "steps_done": facts["step"]},
         seconds=round(facts["seconds"] * step / last, 1),
         commit=commit,
-        package_version=PACKAGE_VERSION,
+        package_version=__version__,
         aliases=aliases,
         results=measure_results(unroll, meta, REPORT_SEEDS, every=every, progress=progress),
         replay=record_replay(unroll, meta),

@@ -45,6 +45,10 @@ class TrainerConfig:
         evaluate_every: Outer steps between two evaluations from scratch.
         evaluation_seeds: Held-out seeds of the inner trainings of an evaluation.
         checkpoint_every: Seconds between two checkpoints.
+
+    Example:
+        >>> TrainerConfig(outer_steps=100, estimator="truncated-es").truncation
+        50
     """
 
     outer_steps: int = 3_000
@@ -68,7 +72,9 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         positive = ("outer_steps", "unrolls", "truncation", "sigma", "lr", "clamp", "evaluate_every")
-        faults = [f"{name} = {getattr(self, name)!r} must be positive" for name in positive if not getattr(self, name) > 0]
+        faults = [
+            f"{name} = {getattr(self, name)!r} must be positive" for name in positive if not getattr(self, name) > 0
+        ]
         if self.warm_up < 0 or not 0 <= self.final_lr <= 1:
             faults.append(f"warm_up = {self.warm_up!r} must be >= 0 and final_lr = {self.final_lr!r} within [0, 1]")
         if faults:
@@ -102,6 +108,16 @@ class MetaTrainer:
 
     Raises:
         CheckpointError: the folder holds a checkpoint of other settings, or a damaged one.
+
+    Example:
+        >>> import tempfile
+        >>> from gmn_optim.rule import RuleConfig, UpdateRule
+        >>> from gmn_optim.tasks.quadratic import QuadraticTask
+        >>> unroll = Unroll(QuadraticTask(), UpdateRule(RuleConfig(body=None)))
+        >>> config = TrainerConfig(outer_steps=2, unrolls=2, truncation=5, evaluation_seeds=(1,))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     MetaTrainer(unroll, config, folder).run(progress=False).shape
+        torch.Size([2])
     """
 
     def __init__(
@@ -185,7 +201,9 @@ class MetaTrainer:
         curves = self.evaluate(progress=not bar.disable)
         mean = curves.held_out.mean(1)
         save_checkpoint(meta_path(self.folder, self.step_number), self.shape.unflatten(self.meta), {})
-        self._log({"step": self.step_number, "evaluation": _rounded(mean.tolist()), "best": _rounded([mean.min().item()])[0]})
+        self._log(
+            {"step": self.step_number, "evaluation": _rounded(mean.tolist()), "best": _rounded([mean.min().item()])[0]}
+        )
 
     def _log_step(self, estimate: MetaGradient, lr: float) -> None:
         """Log one outer step."""

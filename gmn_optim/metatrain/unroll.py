@@ -4,13 +4,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from gmn_optim.metatrain.fusion import fuse
+from gmn_optim.capture.adapters import require_adapter
 from gmn_optim.capture.functional import capture_gradients, plan_capture
 from gmn_optim.capture.hooks import GradientCapture
-from gmn_optim.capture.adapters import require_adapter
+from gmn_optim.metatrain.fusion import fuse
 from gmn_optim.neurons import NeuronSpaces, gather_neurons, infer_spaces
 from gmn_optim.rule.layout import Layout, Segment, build_chunks
 from gmn_optim.rule.update import RuleState, UpdateRule
@@ -71,7 +71,7 @@ class Unroll:
         """Return ``unrolls`` fresh inner trainings."""
         parameters = [self.flatten(self.task.init_parameters(generator)) for _ in range(unrolls)]
         state = self.rule.init_state(self.layout, torch.zeros((), dtype=self.dtype))
-        stacked = tuple(torch.stack(chunk) for chunk in zip(*parameters))
+        stacked = tuple(torch.stack(chunk) for chunk in zip(*parameters, strict=True))
         return UnrollState(stacked, _map(lambda t: t.expand(unrolls, *t.shape).clone(), state))
 
     def batches(self, generator: torch.Generator, steps: int, unrolls: int) -> Batch:
@@ -88,7 +88,7 @@ class Unroll:
         if self.compiled and batched and not torch.is_grad_enabled():
             step = self._fused_step = self._fused_step or fuse(step, (meta, state, tuple(part[0] for part in batches)))
         losses = []
-        for batch in zip(*batches):
+        for batch in zip(*batches, strict=True):
             state, loss = step(meta, state, batch)
             losses.append(loss)
         return state, torch.stack(losses)
@@ -105,7 +105,7 @@ class Unroll:
             neurons = gather_neurons(captured.factors, self.layout.spaces, self.rule.config.data_points)
         arguments = (state.parameters, captured.gradients, state.rule, self.layout, neurons)
         updates, rule_state = functional_call(self.rule, meta, arguments)
-        parameters = tuple(flat - update.step for flat, update in zip(state.parameters, updates))
+        parameters = tuple(flat - update.step for flat, update in zip(state.parameters, updates, strict=True))
         return UnrollState(parameters, rule_state), captured.loss
 
     def flatten(self, parameters: Parameters) -> tuple[Tensor, ...]:
@@ -115,7 +115,7 @@ class Unroll:
     def unflatten(self, flat: tuple[Tensor, ...]) -> Parameters:
         """Return flat chunks as named parameters."""
         named: Parameters = {}
-        for chunk, values in zip(self.layout.chunks, flat):
+        for chunk, values in zip(self.layout.chunks, flat, strict=True):
             named.update(chunk.unflatten(values))
         return named
 
@@ -123,16 +123,15 @@ class Unroll:
 def infer_task_spaces(task: AbstractTask, parameters: Parameters, batch: Batch) -> NeuronSpaces | None:
     """Return the neuron spaces that one ordinary forward pass of the task shows, or None without layers."""
     with GradientCapture(task.module) as capture:
-        tracked = {name: value.detach().requires_grad_() for name, value in parameters.items()}
+        # The capture takes a layer's slot for its parameter only if that is an nn.Parameter, not a plain tensor.
+        tracked = {name: nn.Parameter(value.detach()) for name, value in parameters.items()}
         task.loss(tracked, batch)
         flows = capture.flows()
         widths = {name: require_adapter(layer, name).widths(layer) for name, layer in capture.layers.items()}
     return infer_spaces(widths, flows) if widths else None
 
 
-def lay_out(
-    task: AbstractTask, parameters: Parameters, spaces: NeuronSpaces | None, needs_factors: bool
-) -> Layout:
+def lay_out(task: AbstractTask, parameters: Parameters, spaces: NeuronSpaces | None, needs_factors: bool) -> Layout:
     """Return the layout of a task's parameters; those that the rule cannot learn for lack of factors stand apart."""
     owners = {}
     for ports in spaces.layers if spaces else ():

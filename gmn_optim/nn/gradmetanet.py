@@ -1,6 +1,8 @@
 """GradMetaNet: an equivariant network from sets of decomposed gradients to features of parameters."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -23,6 +25,10 @@ class GradMetaNetConfig:
         code_channels: Sinusoidal channels of the positional encoding.
         neuron_numbers: Whether fixed input and output neurons carry their own number.
         reduction: ``mean`` or ``sum`` pooling.
+
+    Example:
+        >>> GradMetaNetConfig(width=8).reduction
+        'mean'
     """
 
     width: int = 16
@@ -34,12 +40,28 @@ class GradMetaNetConfig:
     reduction: Reduction = "mean"
 
     def __post_init__(self) -> None:
-        if self.set_layers < 1 or self.neuron_layers < 0 or self.width < 1:
+        if self.set_layers < 1 or self.neuron_layers < 0 or self.width < 1 or self.out_channels < 1:
             raise InvalidArgumentError(
-                f"GradMetaNet needs width >= 1, set_layers >= 1 and neuron_layers >= 0, got {self}"
+                f"GradMetaNet needs width, set_layers and out_channels >= 1 and neuron_layers >= 0, got {self}"
             )
+        if self.code_channels < 0 or self.code_channels % 2:
+            raise InvalidArgumentError(f"code_channels is {self.code_channels}; expected an even number, 0 or more")
         if self.reduction not in ("mean", "sum"):
             raise InvalidArgumentError(f"reduction is {self.reduction!r}; valid are 'mean' and 'sum'")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "GradMetaNetConfig":
+        """Return the configuration with these values.
+
+        Raises:
+            InvalidArgumentError: a key is unknown (a file of a newer version) or a value makes no sense.
+        """
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise InvalidArgumentError(
+                f"GradMetaNet configuration has unknown keys {unknown}; known are {sorted(known)}"
+            )
+        return cls(**values)
 
 
 class GradMetaNet(nn.Module):
@@ -74,7 +96,7 @@ class GradMetaNet(nn.Module):
         self.from_neurons = nn.Linear(neuron_channels, config.width, bias=False) if neuron_channels else None
         widths = [in_channels] + [config.width] * config.set_layers
         self.set_layers = nn.ModuleList(
-            InteractionsAcrossSets(c, d, config.reduction) for c, d in zip(widths[:-1], widths[1:])
+            InteractionsAcrossSets(c, d, config.reduction) for c, d in zip(widths[:-1], widths[1:], strict=True)
         )
         self.pooling = SetPooling(config.width, config.width, config.reduction)
         self.neuron_layers = nn.ModuleList(

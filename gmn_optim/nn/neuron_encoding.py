@@ -36,7 +36,9 @@ class NeuronEncoding(nn.Module):
         self.neuron_numbers = neuron_numbers
         self.out_channels = channels + len(_KINDS)
 
-    def forward(self, spaces: NeuronSpaces, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
+    def forward(
+        self, spaces: NeuronSpaces, dtype: torch.dtype | None = None, device: torch.device | None = None
+    ) -> Tensor:
         """Return the code of every neuron (n, channels + 3)."""
         return _encode(spaces, self.channels, self.neuron_numbers, dtype or torch.get_default_dtype(), device)
 

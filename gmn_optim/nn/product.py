@@ -10,7 +10,12 @@ from gmn_optim.neurons import LayerPorts, NeuronSpaces
 
 
 class LayerFeatures(NamedTuple):
-    """Features of one layer's parameters: weight (o, i, c) and bias (o, c)."""
+    """Features of one layer's parameters: weight (o, i, c) and bias (o, c).
+
+    Example:
+        >>> LayerFeatures(weight=torch.zeros(3, 4, 2), bias=torch.zeros(3, 2)).bias.shape
+        torch.Size([3, 2])
+    """
 
     weight: Tensor
     bias: Tensor
@@ -72,7 +77,9 @@ class ProductLayer(nn.Module):
             outputs.append(LayerFeatures(self.to_weight(weight.relu()), self.to_bias(bias.relu())))
         return outputs
 
-    def flat(self, neurons: Tensor, spaces: NeuronSpaces, weights: Sequence[str], biases: Sequence[str]) -> list[Tensor]:
+    def flat(
+        self, neurons: Tensor, spaces: NeuronSpaces, weights: Sequence[str], biases: Sequence[str]
+    ) -> list[Tensor]:
         """Return features of all named layers' weights as one (weights, c), then of their biases as one (biases, c).
 
         The same as :meth:`forward`, by few large products instead of many small ones; what is empty is left out.

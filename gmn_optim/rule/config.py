@@ -65,7 +65,12 @@ class RuleConfig:
                 ("alpha", self.alpha, self.alpha is None or 0 < self.alpha < math.inf, "positive"),
                 ("beta", self.beta, 0 < self.beta < math.inf, "positive"),
                 ("guard", self.guard, self.guard > 0, "positive"),
-                ("gradmetanet", self.gradmetanet, self.gradmetanet is None or self.body is not None, "None if body is None"),
+                (
+                    "gradmetanet",
+                    self.gradmetanet,
+                    self.gradmetanet is None or self.body is not None,
+                    "None if body is None",
+                ),
             )
             if not good
         ]
@@ -93,5 +98,5 @@ class RuleConfig:
             raise InvalidArgumentError(f"rule configuration has unknown keys {unknown}; known are {sorted(known)}")
         arguments = dict(values)
         if arguments.get("gradmetanet") is not None:
-            arguments["gradmetanet"] = GradMetaNetConfig(**arguments["gradmetanet"])
+            arguments["gradmetanet"] = GradMetaNetConfig.from_dict(arguments["gradmetanet"])
         return cls(**arguments)

@@ -72,7 +72,7 @@ class Chunk:
     def unflatten(self, flat: Tensor) -> dict[str, Tensor]:
         """Return the flat tensor as views with the parameters' shapes."""
         pieces = flat.split(self.sizes)
-        return {segment.name: piece.view(segment.shape) for segment, piece in zip(self.segments, pieces)}
+        return {segment.name: piece.view(segment.shape) for segment, piece in zip(self.segments, pieces, strict=True)}
 
     def mean_per_segment(self, values: Tensor) -> Tensor:
         """Return the mean over each segment (s, c) of values (size, c)."""
@@ -130,7 +130,9 @@ def _averaging(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device)
     """Return the matrix (s, size) that averages each segment."""
     key = ("averaging", sizes, dtype, device)
     if key not in _CACHE:
-        _CACHE[key] = torch.block_diag(*(torch.full((1, max(n, 1)), 1.0 / max(n, 1), dtype=dtype)[:, :n] for n in sizes)).to(device)
+        _CACHE[key] = torch.block_diag(
+            *(torch.full((1, max(n, 1)), 1.0 / max(n, 1), dtype=dtype)[:, :n] for n in sizes)
+        ).to(device)
     return _CACHE[key]
 
 

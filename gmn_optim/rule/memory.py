@@ -62,11 +62,13 @@ class SlotMemory(AbstractFactorMemory):
     neuron_axis = 1
 
     def init(self, spaces: NeuronSpaces, rows: int, like: Tensor) -> Tensor:
+        """Return zeros (r, n, 2, 6)."""
         return like.new_zeros(rows, spaces.size, 2, len(DECAYS))
 
     def update(
         self, memory: Tensor, sets: NeuronSets, spaces: NeuronSpaces, step: Tensor
     ) -> tuple[NeuronFeatures, Tensor]:
+        """Return the factors and their averages (r, n, 14), and the new averages."""
         memory = update_averages(memory, sets.factors)
         stacked = torch.cat([sets.factors, memory.flatten(-2)], dim=-1)
         return NeuronFeatures(_scale_free(stacked, spaces), None), memory
@@ -85,11 +87,13 @@ class MomentMemory(AbstractFactorMemory):
     neuron_axis = 0
 
     def init(self, spaces: NeuronSpaces, rows: int, like: Tensor) -> Tensor:
+        """Return zeros (n, 4, 6)."""
         return like.new_zeros(spaces.size, 4, len(DECAYS))
 
     def update(
         self, memory: Tensor, sets: NeuronSets, spaces: NeuronSpaces, step: Tensor
     ) -> tuple[NeuronFeatures, Tensor]:
+        """Return the factors (r, n, 2) with the ratios of the moments (n, 28), and the new moments."""
         memory = update_averages(memory, sets.moments)
         decays = torch.tensor(DECAYS, dtype=memory.dtype, device=memory.device)
         corrected = memory / (1.0 - torch.pow(decays, step))
@@ -123,5 +127,3 @@ def _space_averaging(spaces: NeuronSpaces, dtype: torch.dtype, device: torch.dev
         numbers = torch.repeat_interleave(torch.arange(len(spaces.widths)), torch.tensor(spaces.widths))
         _CACHE[key] = averaging.to(device), numbers.to(device)
     return _CACHE[key]
-
-

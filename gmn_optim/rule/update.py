@@ -134,7 +134,9 @@ class UpdateRule(nn.Module):
         if neurons is not None and layout.spaces is not None:
             features, memory = self.memory.update(memory, neurons, layout.spaces, step)
             embedding = self.gradmetanet.embed(features.sets, layout.spaces, features.neurons)
-        each = zip(layout.chunks, parameters, gradients, state.chunks, momenta or [None] * len(layout.chunks), strict=True)
+        each = zip(
+            layout.chunks, parameters, gradients, state.chunks, momenta or [None] * len(layout.chunks), strict=True
+        )
         results = [
             self.update_chunk(chunk, parameter, gradient, chunk_state, layout, embedding, momentum)
             for chunk, parameter, gradient, chunk_state, momentum in each
@@ -194,8 +196,12 @@ class UpdateRule(nn.Module):
 
     def _guard(self, chunk: Chunk, nominal: Tensor, learned: Tensor, scales: Tensor) -> ChunkUpdate:
         """Replace learned steps that are not finite or too large, and those of tensors with no gradient at all."""
-        size = chunk.mean_per_segment(learned.square().unsqueeze(-1)).squeeze(-1).sqrt()
-        fits = size <= self.config.guard * (scales[:, 0] + SIZE_FLOOR)  # False for NaN too
+        squares = learned.square()
+        broken = ~squares.isfinite()
+        # averages are products with zeros too, by which one tensor's NaN would reach its neighbours
+        measured = torch.stack([squares.masked_fill(broken, 0.0), broken.to(squares.dtype)], dim=-1)
+        mean_square, share_broken = chunk.mean_per_segment(measured).unbind(-1)
+        fits = (share_broken == 0) & (mean_square.sqrt() <= self.config.guard * (scales[:, 0] + SIZE_FLOOR))
         takes = (fits & (scales[:, 1] > 0)).unsqueeze(-1)
         kept = torch.where(chunk.per_element(takes).squeeze(-1), learned, torch.zeros_like(learned))
         return ChunkUpdate(nominal + kept, nominal, ~fits)

@@ -22,6 +22,19 @@ class AbstractTask(ABC):
         module: The network; its own parameters are placeholders for those that are passed in.
         horizon: Steps of a full training.
         loss_limit: Losses above this count as this in meta-training, so that a failed run stays bounded.
+
+    Example:
+        >>> class Parabola(AbstractTask):
+        ...     module, horizon, loss_limit = nn.Identity(), 10, 100.0
+        ...     def init_parameters(self, generator):
+        ...         return {"x": torch.ones(1)}
+        ...     def sample_batch(self, generator, shape=()):
+        ...         return (torch.randn((*shape, 1), generator=generator),)
+        ...     def loss(self, parameters, batch):
+        ...         return (parameters["x"] - batch[0]).square().sum()
+        >>> task = Parabola()
+        >>> task.loss(task.init_parameters(torch.Generator()), (torch.zeros(1),)).item()
+        1.0
     """
 
     module: nn.Module

@@ -36,6 +36,10 @@ class ImageData(NamedTuple):
         train_labels: Classes from 0 (n,) int64.
         test_images: Grey levels from 0 to 255 (m, d) uint8.
         test_labels: Classes from 0 (m,) int64.
+
+    Example:
+        >>> load_fashion_mnist_8x8().train_labels[:3].tolist()
+        [9, 0, 0]
     """
 
     train_images: Tensor

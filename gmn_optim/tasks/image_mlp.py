@@ -86,7 +86,7 @@ class ImageMLPTask(AbstractTask):
 def _mlp(widths: Sequence[int], activation: type[nn.Module]) -> nn.Sequential:
     """Return an MLP with these widths, an activation between each two layers."""
     layers: list[nn.Module] = []
-    for fan_in, fan_out in zip(widths[:-1], widths[1:]):
+    for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True):
         layers += [nn.Linear(fan_in, fan_out), activation()]
     return nn.Sequential(*layers[:-1])
 

@@ -32,7 +32,7 @@ class QuadraticTask(AbstractTask):
     Example:
         >>> task = QuadraticTask(size=2, condition=4.0, noise=0.0)
         >>> generator = torch.Generator()
-        >>> task.loss(task.init_parameters(generator), task.sample_batch(generator)).item()
+        >>> round(task.loss(task.init_parameters(generator), task.sample_batch(generator)).item(), 4)
         2.5
     """
 
