@@ -89,6 +89,8 @@ def _add_rule(group: Any) -> None:
     group.add_argument("--width", type=int, default=default.width, help="hidden width of the body")
     group.add_argument("--depth", type=int, default=default.depth, help="hidden layers of the body")
     group.add_argument("--gmn-width", type=int, default=16, help="width of GradMetaNet")
+    group.add_argument("--gmn-set-layers", type=int, default=2, help="layers before the pooling over data points")
+    group.add_argument("--gmn-neuron-layers", type=int, default=1, help="layers after it")
     group.add_argument("--no-neuron-numbers", action="store_true", help="fixed neurons carry no number of their own")
     group.add_argument("--gated", action="store_true", help="the body also scales the nominal term")
     group.add_argument("--scheduled", action="store_true", help="the step size follows a meta-learned schedule")
@@ -223,7 +225,12 @@ def _rule_config(options: argparse.Namespace) -> RuleConfig:
     """Return the rule that the options describe."""
     from gmn_optim.nn import GradMetaNetConfig
 
-    gradmetanet = GradMetaNetConfig(width=options.gmn_width, neuron_numbers=not options.no_neuron_numbers)
+    gradmetanet = GradMetaNetConfig(
+        width=options.gmn_width,
+        set_layers=options.gmn_set_layers,
+        neuron_layers=options.gmn_neuron_layers,
+        neuron_numbers=not options.no_neuron_numbers,
+    )
     return RuleConfig(
         nominal=options.nominal,
         body=None if options.arm == "nominal" else "ds",
