@@ -94,6 +94,7 @@ def _add_rule(group: Any) -> None:
     group.add_argument("--no-neuron-numbers", action="store_true", help="fixed neurons carry no number of their own")
     group.add_argument("--gated", action="store_true", help="the body also scales the nominal term")
     group.add_argument("--scheduled", action="store_true", help="the step size follows a meta-learned schedule")
+    group.add_argument("--decay", type=float, default=default.decay, help="initial decay of that schedule")
     group.add_argument("--alpha", type=float, help="initial step size")
     group.add_argument("--beta", type=float, default=default.beta, help="initial weight of the learned term")
 
@@ -241,6 +242,7 @@ def _rule_config(options: argparse.Namespace) -> RuleConfig:
         depth=options.depth,
         gated=options.gated,
         scheduled=options.scheduled,
+        decay=options.decay,
         alpha=options.alpha,
         beta=options.beta,
     )

@@ -14,7 +14,13 @@ from gmn_optim.gradients import DecomposedGradient
 
 
 class AbstractLayerAdapter(ABC):
-    """What capture must know of one layer kind. Stateless; one instance serves all modules of the kind."""
+    """What capture must know of one layer kind. Stateless; one instance serves all modules of the kind.
+
+    Example:
+        >>> import torch
+        >>> find_adapter(torch.nn.Linear(3, 2)).widths(torch.nn.Linear(3, 2))
+        (3, 2)
+    """
 
     parameter_names: tuple[str, ...] = ("weight", "bias")
     """Names of the module's parameters that the factors explain."""

@@ -27,6 +27,7 @@ class RuleConfig:
         gated: Whether the body also scales the nominal term, ``nominal * exp(s) + beta * d``; the paper's does not.
         scheduled: Whether alpha follows a meta-learned schedule, ``alpha exp(10 w . time features)``; the paper's is
             constant.
+        decay: Initial decay of that schedule: alpha starts as ``alpha exp(-decay (tanh(t / 1000 - 1) + tanh 1))``.
         alpha: Initial step size; None for the nominal term's own.
         beta: Initial weight of the learned term.
         guard: A tensor's learned step larger than this share of its size (root mean squares, plus 0.1 for the
@@ -48,6 +49,7 @@ class RuleConfig:
     depth: int = 3
     gated: bool = False
     scheduled: bool = False
+    decay: float = 0.0
     alpha: float | None = None
     beta: float = 0.001
     guard: float = 1.0
@@ -64,6 +66,7 @@ class RuleConfig:
                 ("depth", self.depth, self.depth >= 1, ">= 1"),
                 ("alpha", self.alpha, self.alpha is None or 0 < self.alpha < math.inf, "positive"),
                 ("beta", self.beta, 0 < self.beta < math.inf, "positive"),
+                ("decay", self.decay, self.decay == 0 or self.scheduled, "0 unless the rule is scheduled"),
                 ("guard", self.guard, self.guard > 0, "positive"),
                 (
                     "gradmetanet",

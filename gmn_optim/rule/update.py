@@ -1,5 +1,6 @@
 """The update rule: one pure function that both ``GMNOptimizer.step`` and the vmapped inner loop call."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -90,9 +91,7 @@ class UpdateRule(nn.Module):
             sizes = replace(config.gradmetanet, out_channels=config.width)
             self.gradmetanet = GradMetaNet(self.memory.set_channels, self.memory.neuron_channels, sizes)
         if config.scheduled:
-            self.schedule = nn.Linear(len(TIME_SCALES), 1)
-            nn.init.zeros_(self.schedule.weight)
-            nn.init.zeros_(self.schedule.bias)
+            self.schedule = _decaying_schedule(config.decay)
         if config.body is not None:
             self.beta = LogScalar(config.beta)
             self.body = bodies[config.body](3 + len(DECAYS), 2 if config.gated else 1, config.width, config.depth)
@@ -205,3 +204,13 @@ class UpdateRule(nn.Module):
         takes = (fits & (scales[:, 1] > 0)).unsqueeze(-1)
         kept = torch.where(chunk.per_element(takes).squeeze(-1), learned, torch.zeros_like(learned))
         return ChunkUpdate(nominal + kept, nominal, ~fits)
+
+
+def _decaying_schedule(decay: float) -> nn.Linear:
+    """Return the map from time features to log(alpha) / 10 that decays over about a thousand steps, from 0 at first."""
+    schedule = nn.Linear(len(TIME_SCALES), 1)
+    nn.init.zeros_(schedule.weight)
+    with torch.no_grad():
+        schedule.weight[0, TIME_SCALES.index(1e3)] = -decay / SPEED
+        schedule.bias.fill_(-decay * math.tanh(1.0) / SPEED)
+    return schedule

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
+from gmn_optim.errors import InvalidArgumentError
 from gmn_optim.gradients import DecomposedGradient
 from gmn_optim.neurons import NeuronSets, NeuronSpaces, chain_spaces, gather_neurons
 from gmn_optim.nn import GradMetaNetConfig, LayerFeatures
@@ -475,3 +476,15 @@ def test_without_a_schedule_alpha_is_constant() -> None:
 def test_alpha_starts_where_the_configuration_or_else_the_nominal_term_says(nominal: str, alpha: float) -> None:
     assert UpdateRule(RuleConfig(nominal=nominal)).double().alpha().item() == alpha
     assert UpdateRule(RuleConfig(nominal=nominal, alpha=0.7)).double().alpha().item() == 0.7
+
+
+def test_a_schedule_starts_with_the_decay_that_is_asked_for() -> None:
+    rule = UpdateRule(RuleConfig(scheduled=True, decay=1.5, alpha=0.02)).double()
+    for step in (0.0, 300.0, 1000.0, 1e5):
+        wanted = 0.02 * math.exp(-1.5 * (math.tanh(step / 1000 - 1) + math.tanh(1)))
+        assert rule.step_size(torch.tensor(step, dtype=torch.float64)).item() == pytest.approx(wanted, rel=1e-6)
+
+
+def test_a_decay_without_a_schedule_is_refused() -> None:
+    with pytest.raises(InvalidArgumentError, match="decay = 1.0 must be 0 unless the rule is scheduled"):
+        RuleConfig(decay=1.0)
