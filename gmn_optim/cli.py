@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
-    except GMNError as error:
+    except (GMNError, OSError) as error:
         sys.stderr.write(f"gmn-optim: {error}\n")
         return 2
     except KeyboardInterrupt:
@@ -212,7 +212,9 @@ def _meta_train(options: argparse.Namespace) -> None:
     from gmn_optim.metatrain import MetaTrainer, TrainerConfig
     from gmn_optim.metatrain.runs import build_unroll, describe_run
 
-    if options.threads:
+    if options.threads is not None:
+        if options.threads < 1:
+            raise InvalidArgumentError(f"--threads is {options.threads}; expected at least 1")
         torch.set_num_threads(options.threads)
     chosen = {f.name: getattr(options, f.name) for f in fields(TrainerConfig) if hasattr(options, f.name)}
     config = TrainerConfig(**chosen)

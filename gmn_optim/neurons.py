@@ -194,8 +194,9 @@ def gather_neurons(gradients: Mapping[str, DecomposedGradient], spaces: NeuronSp
 
 
 def _flatten_rows(gradient: DecomposedGradient) -> tuple[Tensor, Tensor]:
-    """Return the factors with data points and positions as one axis of rows."""
-    return gradient.activations.flatten(0, 1), gradient.backprops.flatten(0, 1)
+    """Return the factors with data points and positions as one axis of rows; an empty batch counts as a row of zeros."""
+    a, g = gradient.activations.flatten(0, 1), gradient.backprops.flatten(0, 1)
+    return (a, g) if len(a) else (a.new_zeros(1, a.shape[1]), g.new_zeros(1, g.shape[1]))
 
 
 def _choose_rows(flat: Mapping[str, tuple[Tensor, Tensor]], rows: int) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@
 per-parameter entries while a step works on few large tensors.
 """
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -39,8 +39,31 @@ def pack_state(rule: UpdateRule, layout: Layout, state: StateByName, like: Tenso
 
 def overwrite_state(old: RuleState, new: RuleState) -> None:
     """Copy a new state into the tensors of the old one, of which ``optimizer.state`` holds views."""
-    for target, source in zip(torch.utils._pytree.tree_leaves(old), torch.utils._pytree.tree_leaves(new), strict=True):
-        target.copy_(source)
+    torch._foreach_copy_(_tensors(old), _tensors(new))
+
+
+def _tensors(state: RuleState) -> list[Tensor]:
+    """Return all tensors of a state in order."""
+    of_chunks = [tensor for chunk in state.chunks for tensor in (chunk.step, chunk.averages, *chunk.nominal)]
+    return [*of_chunks, state.memory, state.step]
+
+
+def restore_precision(
+    state: Mapping[Tensor, MutableMapping[str, Any]], parameters: Sequence[Tensor], saved: Mapping[str, Any]
+) -> None:
+    """Undo a load's cast to the parameter's dtype, which would round, and share no memory with what was loaded.
+
+    Args:
+        state: The optimizer's state after the load.
+        parameters: All parameters of the optimizer, in order.
+        saved: The state dict that was loaded.
+    """
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    for parameter, number in zip(parameters, numbers, strict=True):
+        for key, value in saved["state"].get(number, {}).items():
+            entry = state[parameter].get(key)
+            if isinstance(value, Tensor) and isinstance(entry, Tensor) and value.shape == entry.shape:
+                state[parameter][key] = value.to(parameter.device, copy=True)
 
 
 def _exchange_chunk(chunk: Chunk, flat: ChunkState, state: StateByName) -> None:

@@ -1,7 +1,8 @@
 """What an optimizer tells about itself: who updates what, and what happened."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -103,22 +104,50 @@ def measure_chunk(chunk: Chunk, update: ChunkUpdate, gradient: Tensor, lrs: Sequ
     return MeasuredChunk(chunk, chunk.mean_per_segment(products), lrs)
 
 
-def describe_steps(
-    steps: int,
-    skipped: Counter[str],
-    guarded: Mapping[str, Tensor],
-    measured: Sequence[MeasuredChunk],
-    served_share: float,
-) -> StepReport:
-    """Return the report of what an optimizer counted and measured."""
-    counts = {name: int(count) for name, count in guarded.items()}
-    newest = {}
-    for chunk, means, lrs in measured:
-        for segment, (step, gradient, product), lr in zip(chunk.segments, means.tolist(), lrs, strict=True):
-            scale = (step * gradient) ** 0.5
-            newest[segment.name] = (step**0.5 * float(lr), product / scale if scale > 0 else 0.0)
-    parameters = {
-        name: ParameterReport(*newest.get(name, (0.0, 0.0)), counts.get(name, 0), skipped[name])
-        for name in dict.fromkeys([*newest, *skipped])
-    }
-    return StepReport(steps, sum(counts.values()), sum(skipped.values()), served_share, parameters)
+@dataclass
+class StepLog:
+    """What is counted and measured from step to step.
+
+    Attributes:
+        steps: Steps taken.
+        skipped: By name, steps at which a parameter's gradient was not finite.
+        guarded: By name, steps whose learned part was replaced by the nominal term (); views of what
+            :meth:`guard_counts` returned.
+        measured: The newest step of every chunk.
+
+    Example:
+        >>> StepLog(steps=3).describe(served_share=1.0)
+        StepReport(steps=3, guarded=0, skipped=0, served_share=1.0, parameters={})
+    """
+
+    steps: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    guarded: dict[str, Tensor] = field(default_factory=dict)
+    measured: list[MeasuredChunk] = field(default_factory=list)
+
+    def guard_counts(self, chunk: Chunk, device: torch.device) -> Tensor:
+        """Return a chunk's counts of guarded steps so far (segments), to be added to without waiting for the device."""
+        zero = torch.zeros((), dtype=torch.long, device=device)
+        names = [segment.name for segment in chunk.segments]
+        counts = torch.stack([self.guarded.get(name, zero).to(device) for name in names])
+        self.guarded.update(zip(names, counts.unbind(), strict=True))
+        return counts
+
+    def describe(self, served_share: float) -> StepReport:
+        """Return the report, given the share of elements that the learned term serves."""
+        guarded = {name: int(count) for name, count in self.guarded.items()}
+        newest = self._newest()
+        parameters = {
+            name: ParameterReport(*newest.get(name, (0.0, 0.0)), guarded.get(name, 0), self.skipped[name])
+            for name in dict.fromkeys([*newest, *self.skipped])
+        }
+        return StepReport(self.steps, sum(guarded.values()), sum(self.skipped.values()), served_share, parameters)
+
+    def _newest(self) -> dict[str, tuple[float, float]]:
+        """Return root mean square and cosine of each parameter's newest step."""
+        newest = {}
+        for chunk, means, lrs in self.measured:
+            for segment, (step, gradient, product), lr in zip(chunk.segments, means.tolist(), lrs, strict=True):
+                scale = (step * gradient) ** 0.5
+                newest[segment.name] = (step**0.5 * float(lr), product / scale if scale > 0 else 0.0)
+        return newest

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
@@ -79,7 +80,7 @@ class WeightsCard:
             WeightsError: the text is no card, or one of a newer version.
         """
         try:
-            values = json.loads(text)
+            values = json.loads(text, parse_constant=_refuse_constant)
             if not isinstance(values, dict):
                 raise TypeError("a card is a JSON object")
             if values.get("format") != CARD_FORMAT:
@@ -87,10 +88,35 @@ class WeightsCard:
             known = {each.name for each in fields(cls)}
             if unknown := sorted(set(values) - known):
                 raise TypeError(f"unknown keys {unknown}")
+            _require_types(values)
             values["aliases"], values["limits"] = tuple(values.get("aliases", ())), tuple(values.get("limits", ()))
             return cls(**values)
-        except (json.JSONDecodeError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise WeightsError(f"{path} is no usable weights card: {error}. Get the file anew.") from error
+
+
+_CARD_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("name", "description", "sha256", "task", "commit", "package_version", "licence"), (str,)),
+    **dict.fromkeys(("training", "results", "replay"), (dict,)),
+    **dict.fromkeys(("aliases", "limits"), (list,)),
+    **{"horizon": (int,), "seconds": (int, float), "format": (int,)},
+}
+
+
+def _require_types(values: Mapping[str, Any]) -> None:
+    """Raise ``TypeError`` if a value of a card has another JSON type than its field."""
+    for key, value in values.items():
+        if key == "rule":  # checked where it is built
+            continue
+        if type(value) not in _CARD_TYPES[key] or (
+            type(value) is list and any(type(each) is not str for each in value)
+        ):
+            raise TypeError(f"{key} is {value!r:.60}, of another type than a card's")
+
+
+def _refuse_constant(name: str) -> None:
+    """Refuse what JSON does not have: NaN and infinities."""
+    raise ValueError(f"{name} is no JSON number")
 
 
 class Weights(NamedTuple):
@@ -146,8 +172,8 @@ def load_weights(name_or_path: str | Path) -> Weights:
     found = hashlib.sha256(content).hexdigest()
     if found != card.sha256:
         raise WeightsError(
-            f"{path} has sha256 {found[:12]}..., its card says {str(card.sha256)[:12]}...: the file is damaged or belongs "
-            "to another card. Get both anew."
+            f"{path} has sha256 {found[:12]}..., its card says {card.sha256[:12]}...: the file is damaged or "
+            "belongs to another card. Get both anew."
         )
     return Weights(_build_rule(card, _read_tensors(content, path), path), card)
 
@@ -173,6 +199,7 @@ def save_weights(rule: UpdateRule, card: WeightsCard, folder: str | Path) -> Wei
         raise InvalidArgumentError(
             f"card {card.name!r} describes the rule {card.rule}, given is {rule.config.to_dict()}"
         )
+    require_file_name(card.name)
     tensors = {name: value.detach().float().contiguous() for name, value in rule.named_parameters()}
     _require_finite(tensors, card.name)
     content = save_tensors(tensors)
@@ -183,6 +210,19 @@ def save_weights(rule: UpdateRule, card: WeightsCard, folder: str | Path) -> Wei
     (folder / f"{card.name}.safetensors").write_bytes(content)
     (folder / f"{card.name}.json").write_text(text, encoding="utf-8")
     return Weights(rule, finished)
+
+
+def require_file_name(name: str) -> None:
+    """Raise :class:`InvalidArgumentError` if a name of weights would not be the name of a file in the given folder.
+
+    Example:
+        >>> require_file_name("../mine")
+        Traceback (most recent call last):
+            ...
+        gmn_optim.errors.InvalidArgumentError: name is '../mine'; expected letters, digits, '_', '.', '+' and '-'
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*", str(name)):
+        raise InvalidArgumentError(f"name is {name!r}; expected letters, digits, '_', '.', '+' and '-'")
 
 
 def _pretrained_folder() -> Path:
@@ -236,9 +276,8 @@ def _build_rule(card: WeightsCard, tensors: Mapping[str, Tensor], path: Path) ->
         config = RuleConfig.from_dict(card.rule)
     except (InvalidArgumentError, UnknownNameError, TypeError) as error:
         raise WeightsError(f"the card of {path} describes a rule that cannot be built: {error}") from error
-    with torch.random.fork_rng(devices=[]):
-        rule = UpdateRule(config)
-    wanted = {name: value.shape for name, value in rule.named_parameters()}
+    with torch.device("meta"):  # sizes that no file backs up take no memory
+        wanted = {name: value.shape for name, value in UpdateRule(config).named_parameters()}
     faults = [f"{name} is missing" for name in wanted if name not in tensors]
     faults += [f"{name} is unexpected" for name in tensors if name not in wanted]
     faults += [
@@ -246,10 +285,14 @@ def _build_rule(card: WeightsCard, tensors: Mapping[str, Tensor], path: Path) ->
         for name, shape in wanted.items()
         if name in tensors and tensors[name].shape != shape
     ]
+    faults += [f"{name} is {value.dtype}" for name, value in tensors.items() if not value.is_floating_point()]
     if faults:
         raise WeightsError(f"{path} does not fit its card: {'; '.join(faults[:5])} ({len(faults)} faults in all)")
+    tensors = {name: value.float() for name, value in tensors.items()}
     _require_finite(tensors, path)
-    rule.load_state_dict(dict(tensors))
+    with torch.random.fork_rng(devices=[]):
+        rule = UpdateRule(config)
+    rule.load_state_dict(tensors)
     return rule.requires_grad_(False)
 
 

@@ -48,7 +48,11 @@ def test_show_json_is_the_card(capsys):
         (["meta-train", "--folder", "{f}", "--task", "quadratics"], "Did you mean 'quadratic'"),
         (["meta-train", "--folder", "{f}", "--nominal", "adm"], "Did you mean 'adam'"),
         (["meta-train", "--folder", "{f}", "--sigma", "-1"], "sigma = -1.0 must be positive"),
+        (["meta-train", "--folder", "{f}", "--longest-horizon", "-5"], "longest_horizon = -5 must be positive"),
+        (["meta-train", "--folder", "{f}", "--threads", "0"], "--threads is 0; expected at least 1"),
+        (["meta-train", "--folder", __file__, "--task", "quadratic"], "File exists"),
         (["export", "{f}", "x"], "no readable checkpoint"),
+        (["export", "{f}", "../x"], "name is '../x'"),
     ],
 )
 def test_a_wrong_argument_gives_one_clear_line_and_status_2(arguments, message, tmp_path, capsys):
@@ -66,6 +70,12 @@ def test_meta_train_stops_and_goes_on_to_the_same_end(tmp_path, capsys):
     ends = [(folder / "meta-000004.safetensors").read_bytes() for folder in (whole, parts)]
     assert ends[0] == ends[1]
     assert capsys.readouterr().err == ""
+
+
+def test_export_of_a_step_that_was_not_evaluated_lists_those_that_were(tmp_path, capsys):
+    assert main(["meta-train", *TINY.split(), "--outer-steps", "2", "--folder", str(tmp_path)]) == 0
+    status, _, err = run(["export", str(tmp_path), "x", "--step", "99", "--quiet"], capsys)
+    assert status == 2 and "[0, 2]" in err
 
 
 def test_export_writes_weights_that_show_reads(tmp_path, capsys):

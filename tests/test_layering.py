@@ -21,8 +21,8 @@ FORBIDDEN = {
     "capture": ["nn"],
     "nn": ["capture"],
     "optimizer": ["tasks", "metatrain", "cli"],
-    "metatrain": ["optimizer"],
-    "tasks": ["metatrain", "optimizer", "nn", "rule"],
+    "metatrain": ["optimizer", "stepping", "routing"],
+    "tasks": ["metatrain", "optimizer", "stepping", "routing", "nn", "rule"],
     "testing": ["metatrain"],
 }
 

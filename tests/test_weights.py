@@ -232,7 +232,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "rule that cannot be built.*colour",
     ),
     "rule of an unknown kind": (lambda path: rewrite_card(path, rule={"body": "unf"}), "no body is named 'unf'"),
-    "rule with a senseless value": (lambda path: rewrite_card(path, rule={"width": 0}), "width = 0 must be >= 1"),
+    "rule with a senseless value": (
+        lambda path: rewrite_card(path, rule={"width": 0}),
+        "width = 0 must be whole, 1 to 4096",
+    ),
     "rule with a value of another type": (lambda path: rewrite_card(path, rule={"width": "wide"}), "cannot be built"),
     "rule that is nothing": (lambda path: rewrite_card(path, rule=None), "cannot be built"),
     "a tensor missing": (

@@ -124,15 +124,16 @@ def _comparisons(case: _Case, probes: Probes) -> list[Comparison]:
 def _of_weight(case: _Case, weight: nn.Parameter, sums: ProbeSums, probes: Probes) -> Comparison:
     """Set ``G v`` against the factors' product."""
     member = case.group.members[0]
-    gradient, width = _dense(weight), case.records[0].factors.activations.shape[-1]
+    gradient, factors = _dense(weight), case.records[0].factors
+    shape = (factors.backprops.shape[-1], factors.activations.shape[-1])
     matrix = member.adapter.gradient_matrix(member.module, gradient)
-    if matrix.shape != (len(sums.product), width):
+    if matrix.shape != shape:
         raise CaptureError(
             f"{type(member.adapter).__name__}: the gradient of layer {case.group.name!r} as a matrix is "
-            f"{tuple(matrix.shape)}, its factors give {(len(sums.product), width)}."
+            f"{tuple(matrix.shape)}, its factors give {shape}."
         )
-    product = matrix @ probes.vector(width, matrix.dtype, matrix.device)
-    return Comparison(product, sums.product, sums.product_size, sums.precision)
+    product = matrix @ probes.matrix(shape[1], shape[0], matrix.dtype, matrix.device)
+    return Comparison(product.mT.flatten(), sums.product, sums.product_size, sums.precision)
 
 
 def _with_gradient(group: LayerGroup) -> list[nn.Parameter]:

@@ -56,6 +56,7 @@ class Recorder:
 
     def clear(self) -> None:
         """Drop what was kept."""
+        self._depth = 0  # an interrupted forward pass (KeyboardInterrupt) never calls the exit hook
         self.store.clear()
         self.observations.clear()
         self.flow.clear()

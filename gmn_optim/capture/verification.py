@@ -41,6 +41,10 @@ class Verification(NamedTuple):
     reason: str
 
 
+FEWEST_NUMBERS = 8
+"""A layer with fewer outputs gets several probes: one number alone is explained by any factors, at some scale."""
+
+
 class Precision(NamedTuple):
     """What may differ between two ways of adding up the same products.
 
@@ -118,13 +122,20 @@ class Probes:
             self._vectors[key] = signs.to(device, dtype)
         return self._vectors[key]
 
+    def matrix(self, inputs: int, outputs: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return so many probes (inputs, k) that ``G v`` has numbers enough besides the one scale that is fitted."""
+        count = min(inputs, -(-FEWEST_NUMBERS // max(1, outputs)))
+        return self.vector(inputs * count, dtype, device).view(count, inputs).mT
+
     def sums(self, factors: DecomposedGradient, precision: Precision) -> ProbeSums:
         """Return the sums over all rows of ``factors``."""
         activations, backprops = factors.activations.flatten(0, 1), factors.backprops.flatten(0, 1)
-        along = activations @ self.vector(activations.shape[1], activations.dtype, activations.device)
+        along = activations @ self.matrix(
+            activations.shape[1], backprops.shape[1], activations.dtype, activations.device
+        )
         size = torch.linalg.vector_norm(backprops)
         product_size = torch.linalg.vector_norm(along).mul_(size).div_(max(1, len(along)) ** 0.5)
-        return ProbeSums(along @ backprops, backprops.sum(0), product_size, size, precision)
+        return ProbeSums((along.mT @ backprops).flatten(), backprops.sum(0), product_size, size, precision)
 
 
 def add_sums(parts: Iterable[ProbeSums]) -> ProbeSums:

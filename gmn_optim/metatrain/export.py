@@ -13,7 +13,7 @@ from gmn_optim.errors import CheckpointError
 from gmn_optim.metatrain.baselines import TunedBaseline, tune
 from gmn_optim.metatrain.checkpoint import load_checkpoint
 from gmn_optim.metatrain.evaluation import Curves, evaluate
-from gmn_optim.metatrain.trainer import LOG, meta_path
+from gmn_optim.metatrain.trainer import LOG, meta_path, whole_lines
 from gmn_optim.metatrain.unroll import Meta, Unroll
 
 REPLAY_STEPS = 20
@@ -41,7 +41,7 @@ def read_evaluations(folder: Path) -> list[Evaluation]:
     path = folder / LOG
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; give the folder of a meta-training run")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [json.loads(line) for line in whole_lines(path)]
     found = {line["step"]: line["evaluation"] for line in lines if "evaluation" in line}
     return [Evaluation(step, [math.inf if v is None else v for v in curve]) for step, curve in sorted(found.items())]
 

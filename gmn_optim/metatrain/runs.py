@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from gmn_optim.errors import CheckpointError
+from gmn_optim.errors import CheckpointError, InvalidArgumentError
 from gmn_optim.metatrain.baselines import tune
 from gmn_optim.metatrain.export import choose_step, load_meta, measure_results, read_evaluations, record_replay
 from gmn_optim.metatrain.trainer import CHECKPOINT
@@ -15,7 +15,7 @@ from gmn_optim.metatrain.unroll import Unroll
 from gmn_optim.rule import RuleConfig, UpdateRule
 from gmn_optim.tasks import tasks
 from gmn_optim.version import __version__
-from gmn_optim.weights import Weights, WeightsCard, save_weights
+from gmn_optim.weights import Weights, WeightsCard, require_file_name, save_weights
 
 REPORT_SEEDS = (1, 2, 3, 4, 5)
 """Of the trainings that a card reports; neither meta-training nor validation saw them."""
@@ -78,7 +78,12 @@ def export_run(
         step: Outer step; None for the best on the validation set.
         every: Inner steps between two measurements.
         progress: Whether to show bars.
+
+    Raises:
+        CheckpointError: the folder holds no run.
+        InvalidArgumentError: the name is no file name, or the step was not evaluated.
     """
+    require_file_name(name)
     folder = Path(folder)
     facts = read_run(folder)
     settings = facts["settings"]
@@ -89,6 +94,8 @@ def export_run(
         seeds = settings["trainer"]["evaluation_seeds"]
         adam = tune(unroll.task, "adam", seeds, every=every, progress=progress)
         step = choose_step(evaluations, adam.validation.held_out.mean(1).min().item(), every)
+    elif step not in (known := [each.step for each in evaluations]):
+        raise InvalidArgumentError(f"outer step {step} was not evaluated; those of {folder} are {known}")
     meta = load_meta(folder, step, unroll)
     unroll.rule.load_state_dict(meta)
     last = max(facts["step"], 1)

@@ -73,8 +73,17 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         positive = ("outer_steps", "unrolls", "truncation", "sigma", "lr", "clamp", "evaluate_every")
         faults = [
-            f"{name} = {getattr(self, name)!r} must be positive" for name in positive if not getattr(self, name) > 0
+            f"{name} = {getattr(self, name)!r} must be positive"
+            for name in positive
+            if not 0 < getattr(self, name) < math.inf
         ]
+        for name in ("shortest_horizon", "longest_horizon"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                faults.append(f"{name} = {value!r} must be positive")
+        if None not in (self.shortest_horizon, self.longest_horizon) and self.shortest_horizon > self.longest_horizon:
+            faults.append(f"shortest_horizon = {self.shortest_horizon} must not exceed {self.longest_horizon}")
+        if not 0 <= self.emphasis < math.inf:
+            faults.append(f"emphasis = {self.emphasis!r} must be 0 or positive")
         if self.warm_up < 0 or not 0 <= self.final_lr <= 1:
             faults.append(f"warm_up = {self.warm_up!r} must be >= 0 and final_lr = {self.final_lr!r} within [0, 1]")
         if faults:
@@ -141,7 +150,7 @@ class MetaTrainer:
 
     def run(self, until: int | None = None, progress: bool = True) -> Tensor:
         """Train up to outer step ``until`` (all by default) and return the flat meta-parameters (m)."""
-        until = min(until or self.config.outer_steps, self.config.outer_steps)
+        until = self.config.outer_steps if until is None else min(until, self.config.outer_steps)
         bar = tqdm(total=until, initial=self.step_number, desc="meta-training", unit="step", disable=not progress)
         saved = time.monotonic()
         with torch.no_grad(), bar:
@@ -245,10 +254,15 @@ def _make_estimator(unroll: Unroll, shape: MetaShape, config: TrainerConfig) -> 
     )
 
 
+def whole_lines(path: Path) -> list[str]:
+    """Return the lines of a log, without a last one that a kill cut short."""
+    return [line[:-1] for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
 def _keep_lines_until(path: Path, step: int) -> None:
     """Drop the lines of a log that belong to later steps."""
     if path.exists():
-        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        lines = [line for line in whole_lines(path) if json.loads(line)["step"] <= step]
         path.write_text("".join(line + "\n" for line in lines))
 
 

@@ -13,6 +13,11 @@ from gmn_optim.nn.product import LayerFeatures, ProductLayer
 from gmn_optim.nn.set_layers import DeepSets, InteractionsAcrossSets, Reduction, SetPooling
 
 
+def is_count(value: object, most: int, least: int = 1) -> bool:
+    """Whether a value is a whole number in a range."""
+    return type(value) is int and least <= value <= most
+
+
 @dataclass(frozen=True, kw_only=True)
 class GradMetaNetConfig:
     """Sizes of a :class:`GradMetaNet`.
@@ -40,11 +45,13 @@ class GradMetaNetConfig:
     reduction: Reduction = "mean"
 
     def __post_init__(self) -> None:
-        if self.set_layers < 1 or self.neuron_layers < 0 or self.width < 1 or self.out_channels < 1:
+        sizes = [(self.width, 4_096), (self.out_channels, 4_096), (self.set_layers, 64), (self.neuron_layers, 64, 0)]
+        if not all(is_count(*size) for size in sizes):
             raise InvalidArgumentError(
-                f"GradMetaNet needs width, set_layers and out_channels >= 1 and neuron_layers >= 0, got {self}"
+                "GradMetaNet needs whole numbers, width and out_channels from 1 to 4096, set_layers from 1 and "
+                f"neuron_layers from 0 to 64, got {self}"
             )
-        if self.code_channels < 0 or self.code_channels % 2:
+        if not is_count(self.code_channels, 1_024, 0) or self.code_channels % 2:
             raise InvalidArgumentError(f"code_channels is {self.code_channels}; expected an even number, 0 or more")
         if self.reduction not in ("mean", "sum"):
             raise InvalidArgumentError(f"reduction is {self.reduction!r}; valid are 'mean' and 'sum'")

@@ -1,12 +1,11 @@
 """The configuration of an update rule, as it is saved in a card."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from gmn_optim.errors import InvalidArgumentError
-from gmn_optim.nn.gradmetanet import GradMetaNetConfig
+from gmn_optim.nn.gradmetanet import GradMetaNetConfig, is_count
 from gmn_optim.rule.body import bodies
 from gmn_optim.rule.memory import factor_memories
 from gmn_optim.rule.nominal import nominal_terms
@@ -56,18 +55,21 @@ class RuleConfig:
 
     def __post_init__(self) -> None:
         for registry, name in ((nominal_terms, self.nominal), (bodies, self.body), (factor_memories, self.memory)):
-            if name is not None:
-                registry[name]  # raises with near matches
+            if name is not None or registry is not bodies:
+                registry[str(name)]  # raises with near matches
         faults = [
             f"{name} = {value!r} must be {wanted}"
             for name, value, good, wanted in (
-                ("data_points", self.data_points, self.data_points >= 1, ">= 1"),
-                ("width", self.width, self.width >= 1, ">= 1"),
-                ("depth", self.depth, self.depth >= 1, ">= 1"),
-                ("alpha", self.alpha, self.alpha is None or 0 < self.alpha < math.inf, "positive"),
-                ("beta", self.beta, 0 < self.beta < math.inf, "positive"),
+                ("data_points", self.data_points, is_count(self.data_points, 65_536), "whole, 1 to 65536"),
+                ("width", self.width, is_count(self.width, 4_096), "whole, 1 to 4096"),
+                ("depth", self.depth, is_count(self.depth, 64), "whole, 1 to 64"),
+                ("alpha", self.alpha, self.alpha is None or _is_positive(self.alpha), "positive, at most 1e6"),
+                ("beta", self.beta, _is_positive(self.beta), "positive, at most 1e6"),
+                ("guard", self.guard, _is_positive(self.guard), "positive, at most 1e6"),
+                ("gated", self.gated, type(self.gated) is bool, "true or false"),
+                ("scheduled", self.scheduled, type(self.scheduled) is bool, "true or false"),
+                ("decay", self.decay, self.decay == 0 or _is_positive(self.decay), "0 or positive"),
                 ("decay", self.decay, self.decay == 0 or self.scheduled, "0 unless the rule is scheduled"),
-                ("guard", self.guard, self.guard > 0, "positive"),
                 (
                     "gradmetanet",
                     self.gradmetanet,
@@ -103,3 +105,8 @@ class RuleConfig:
         if arguments.get("gradmetanet") is not None:
             arguments["gradmetanet"] = GradMetaNetConfig.from_dict(arguments["gradmetanet"])
         return cls(**arguments)
+
+
+def _is_positive(value: object) -> bool:
+    """Return whether a value, perhaps from a file, is a positive number of a sensible size."""
+    return type(value) in (int, float) and 0 < value <= 1e6

@@ -1,0 +1,253 @@
+"""One step of the update rule on a torch optimizer's parameters: lay out, pack, read neurons, apply, unpack.
+
+Layout and flat state are made once and stay as long as the same parameters take part in the steps in the same way.
+"""
+
+import copy
+import operator
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gmn_optim.capture import GradientCapture, LayerFlow, Verification
+from gmn_optim.capture.adapters import require_adapter
+from gmn_optim.gradients import DecomposedGradient
+from gmn_optim.neurons import NeuronSets, NeuronSpaces, gather_neurons, infer_spaces
+from gmn_optim.packing import overwrite_state, pack_state
+from gmn_optim.report import StepLog, measure_chunk
+from gmn_optim.routing import ActiveParameter
+from gmn_optim.rule import Chunk, Layout, RuleConfig, RuleState, Segment, UpdateRule, build_chunks
+from gmn_optim.rule.update import ChunkUpdate
+
+StateByParameter = MutableMapping[Tensor, MutableMapping[str, Any]]
+
+_Key = tuple[Mapping[str, LayerFlow], list[tuple[object, ...]]]
+
+
+class _Plan(NamedTuple):
+    """What stays as it is while the same parameters take part in the steps.
+
+    Attributes:
+        key: Flows and parameters that it was made for.
+        layout: Which parameters stand where.
+        state: The rule's flat state.
+        rule: The rule in the dtype and on the device of the computation.
+        alpha: The rule's step size (), which weight decay is measured in.
+        entries: The values of the optimizer's state, views of the flat one.
+        guarded: Per chunk, counts of guarded steps (segments), or None where no learned term serves it.
+    """
+
+    key: _Key
+    layout: Layout
+    state: RuleState
+    rule: UpdateRule
+    alpha: Tensor
+    entries: list[Tensor]
+    guarded: list[Tensor | None]
+
+
+class Stepper:
+    """Takes steps of a rule, and keeps between them what need not be made anew.
+
+    Args:
+        rule: The update rule; it stays as it is.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(2))
+        >>> weight.grad, group = torch.ones(2), {"lr": 0.5, "weight_decay": 0.0, "maximize": False, "momentum": None}
+        >>> stepper = Stepper(UpdateRule(RuleConfig(nominal="momentum", body=None, alpha=1.0)))
+        >>> with torch.no_grad():
+        ...     stepper.step([ActiveParameter("w", weight, group, 0, None, "other")], None, {}, {weight: {}}, StepLog())
+        >>> weight.tolist()
+        [0.949999988079071, 0.949999988079071]
+    """
+
+    def __init__(self, rule: UpdateRule) -> None:
+        self._rule = rule
+        self._converted: dict[tuple[torch.dtype, torch.device], UpdateRule] = {}
+        self._plan: _Plan | None = None
+
+    def forget(self) -> None:
+        """Pack the optimizer's state anew at the next step."""
+        self._plan = None
+
+    def step(
+        self,
+        active: Sequence[ActiveParameter],
+        capture: GradientCapture | None,
+        verdicts: Mapping[str, Verification],
+        state: StateByParameter,
+        log: StepLog,
+    ) -> None:
+        """Compute the update of all active parameters, then change parameters and state.
+
+        Args:
+            active: At least one parameter.
+            capture: Gives the factors, or None where the rule looks at none.
+            verdicts: On each captured layer with a gradient.
+            state: The optimizer's state.
+            log: Where the step is counted.
+        """
+        plan = self._prepare(active, capture, state, log)
+        neurons = None
+        if capture is not None and plan.layout.spaces is not None:
+            neurons = _neurons(capture, plan, active, verdicts)
+        _take(plan, active, neurons, log)
+
+    def _prepare(
+        self,
+        active: Sequence[ActiveParameter],
+        capture: GradientCapture | None,
+        state: StateByParameter,
+        log: StepLog,
+    ) -> _Plan:
+        """Return the plan of these parameters; that of the step before if nothing changed."""
+        flows = {} if capture is None else capture.flows()
+        key = (flows, [(e.name, e.layer, e.role, e.parameter.dtype, _own_group(e)) for e in active])
+        if self._plan is None or self._plan.key != key or not _shows(state, active, self._plan.entries):
+            layout = Layout(tuple(_chunks(active, state, self._rule.config)), _spaces(active, capture, flows))
+            self._plan = self._pack(key, layout, active, state, log)
+        return self._plan
+
+    def _pack(
+        self, key: _Key, layout: Layout, active: Sequence[ActiveParameter], state: StateByParameter, log: StepLog
+    ) -> _Plan:
+        """Return a plan with flat tensors, of which the optimizer's state and the log hold views from now on."""
+        doubles = any(each.parameter.dtype == torch.float64 for each in active)
+        like = torch.zeros((), dtype=torch.float64 if doubles else torch.float32, device=active[0].parameter.device)
+        rule = self._rule_like(like)
+        packed = pack_state(rule, layout, {each.name: state[each.parameter] for each in active}, like)
+        guarded = [log.guard_counts(chunk, like.device) if chunk.learned else None for chunk in layout.chunks]
+        return _Plan(key, layout, packed, rule, rule.alpha(), _entries(state, active), guarded)
+
+    def _rule_like(self, like: Tensor) -> UpdateRule:
+        """Return the rule with the dtype and device of a computation."""
+        key = (like.dtype, like.device)
+        if key not in self._converted:
+            self._converted[key] = copy.deepcopy(self._rule).to(like).requires_grad_(False)
+        return self._converted[key]
+
+
+# ---------------------------------------------------------------------- the plan
+
+
+def _own_group(each: ActiveParameter) -> int | None:
+    """Return the number of a group with a momentum of its own, which shares no chunk with others, else None."""
+    return None if each.group["momentum"] is None else each.group_number
+
+
+def _entries(state: StateByParameter, active: Sequence[ActiveParameter]) -> list[Tensor]:
+    """Return all entries of the state of these parameters."""
+    return [value for each in active for value in state[each.parameter].values()]
+
+
+def _shows(state: StateByParameter, active: Sequence[ActiveParameter], views: Sequence[Tensor]) -> bool:
+    """Return whether the state still holds the views of the flat tensors, not what a user put there."""
+    entries = _entries(state, active)
+    return len(entries) == len(views) and all(map(operator.is_, entries, views))
+
+
+def _chunks(active: Sequence[ActiveParameter], state: StateByParameter, config: RuleConfig) -> list[Chunk]:
+    """Return chunks of parameters with the same steps taken, learned or not, momentum of their own or not."""
+    needs_factors = config.gradmetanet is not None
+    bundles: dict[tuple[Any, ...], list[Segment]] = {}
+    for each in active:
+        learned = config.body is not None and (each.layer is not None or not needs_factors)
+        segment = Segment(each.name, tuple(each.parameter.shape), each.layer, each.role if learned else "other")
+        taken = float(state[each.parameter].get("step", 0.0))
+        bundles.setdefault((learned, taken, _own_group(each)), []).append(segment)
+    return [chunk for (learned, _, _), segments in bundles.items() for chunk in build_chunks(segments, learned)]
+
+
+def _spaces(
+    active: Sequence[ActiveParameter], capture: GradientCapture | None, flows: Mapping[str, LayerFlow]
+) -> NeuronSpaces | None:
+    """Return the neuron spaces of the layers that take part."""
+    layers = {each.layer for each in active if each.layer is not None}
+    if capture is None or not layers:
+        return None
+    modules = capture.layers
+    widths = {name: require_adapter(modules[name], name).widths(modules[name]) for name in modules if name in layers}
+    return infer_spaces(widths, flows)
+
+
+# ---------------------------------------------------------------------- the step
+
+
+def _neurons(
+    capture: GradientCapture,
+    plan: _Plan,
+    active: Sequence[ActiveParameter],
+    verdicts: Mapping[str, Verification],
+) -> NeuronSets:
+    """Return the features of the neurons from the captured factors, on the scale of the gradients."""
+    captured, like = capture.gradients(), plan.state.step
+    groups = {each.name: each.group for each in active}
+    signs = {
+        segment.layer: -1.0 if groups[segment.name]["maximize"] else 1.0
+        for chunk in plan.layout.chunks
+        for segment in chunk.segments
+    }
+    scaled = {}
+    for ports in plan.layout.spaces.layers:
+        activations, backprops = captured[ports.name]
+        scale = verdicts[ports.name].scale * signs[ports.name]
+        scaled[ports.name] = DecomposedGradient(activations.to(like), backprops.to(like) * scale)
+    return gather_neurons(scaled, plan.layout.spaces, plan.rule.config.data_points)
+
+
+def _take(plan: _Plan, active: Sequence[ActiveParameter], neurons: NeuronSets | None, log: StepLog) -> None:
+    """Compute the updates, apply them and remember the new state."""
+    chunks, like = plan.layout.chunks, plan.state.step
+    by_name = {each.name: each for each in active}
+    parameters = _flatten(chunks, {name: each.parameter for name, each in by_name.items()}, like)
+    gradients = _flatten(chunks, {name: _descended(each) for name, each in by_name.items()}, like)
+    momenta = [_momentum(by_name[chunk.segments[0].name].group, like) for chunk in chunks]
+    updates, state = plan.rule(parameters, gradients, plan.state, plan.layout, neurons, momenta)
+    _apply_updates(plan, updates, by_name)
+    log.measured = [
+        measure_chunk(chunk, update, gradient, [by_name[segment.name].group["lr"] for segment in chunk.segments])
+        for chunk, update, gradient in zip(chunks, updates, gradients, strict=True)
+    ]
+    overwrite_state(plan.state, state)
+    log.steps += 1
+
+
+def _flatten(chunks: Sequence[Chunk], tensors: Mapping[str, Tensor], like: Tensor) -> tuple[Tensor, ...]:
+    """Return the flat tensor of each chunk, with the dtype and device of the computation."""
+    return tuple(chunk.flatten(tensors).to(like) for chunk in chunks)
+
+
+def _descended(each: ActiveParameter) -> Tensor:
+    """Return the gradient of what is made smaller."""
+    return -each.parameter.grad if each.group["maximize"] else each.parameter.grad
+
+
+def _momentum(group: Mapping[str, Any], like: Tensor) -> Tensor | None:
+    """Return a group's momentum as a tensor, or None."""
+    momentum = group["momentum"]
+    return None if momentum is None else torch.as_tensor(momentum, dtype=like.dtype, device=like.device)
+
+
+def _apply_updates(plan: _Plan, updates: Sequence[ChunkUpdate], by_name: Mapping[str, ActiveParameter]) -> None:
+    """Change all parameters, and count guarded steps without waiting for the device."""
+    for chunk, update, guarded in zip(plan.layout.chunks, updates, plan.guarded, strict=True):
+        for name, step in chunk.unflatten(update.step).items():
+            _apply(by_name[name].parameter, step, by_name[name].group, plan.alpha)
+        if guarded is not None:
+            guarded.add_(update.guarded)
+
+
+def _apply(parameter: Tensor, step: Tensor, group: Mapping[str, Any], alpha: Tensor) -> None:
+    """Change one parameter."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        lr = lr.to(step).reshape(())
+    if group["weight_decay"]:
+        parameter.mul_(1 - lr * alpha * group["weight_decay"])
+    if isinstance(lr, Tensor):
+        parameter.sub_((step * lr).to(parameter.dtype))
+    else:
+        parameter.sub_(step.to(parameter.dtype), alpha=lr)
