@@ -173,14 +173,7 @@ def draw(adam_lr: float, adam: list[Run], gmn: list[Run], settings: Settings, pa
         axes.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
     target = min(mean_curve([run.test for run in adam]))
     axes.axhline(target, color="#777777", linestyle=":", linewidth=1)
-    axes.annotate(
-        f"Adam's best, {target:.3f}",
-        (settings.steps, target),
-        (0, -4),
-        textcoords="offset points",
-        ha="right",
-        va="top",
-    )
+    axes.annotate(f"Adam's best, {target:.3f}", (0, target), (8, -4), textcoords="offset points", ha="left", va="top")
     axes.set(xlabel="step", ylabel="test loss", xlim=(0, settings.steps), ylim=(target - 0.04, target + 0.36))
     axes.set_title(f"Fashion-MNIST 8x8, MLP 64-{settings.hidden}-10: mean and range of {len(settings.seeds)} seeds")
     axes.legend(frameon=False)
