@@ -38,7 +38,7 @@ def update_averages(averages: Tensor, values: Tensor) -> Tensor:
 def parameter_features(chunk: Chunk, channels: tuple[Tensor, ...]) -> NormalizedFeatures:
     """Return the channels, each (size) or (size, c), divided by their root mean square over each tensor."""
     stacked = torch.cat([c if c.dim() == 2 else c.unsqueeze(-1) for c in channels], dim=-1)
-    scales = chunk.mean_per_segment(stacked.square()).sqrt()
+    scales = chunk.mean_per_segment((stacked * stacked)).sqrt()
     inverse = 1.0 / scales.clamp_min(TINY)
     return NormalizedFeatures(stacked * chunk.per_element(inverse), scales)
 

@@ -106,7 +106,7 @@ class MomentMemory(AbstractFactorMemory):
 
 def _scale_free(features: Tensor, spaces: NeuronSpaces) -> Tensor:
     """Return features (r, n, c) divided by their root mean square over rows and over the neurons of each space."""
-    return features * _inverse_scale(features.square().mean(0).sqrt(), spaces)
+    return features * _inverse_scale((features * features).mean(0).sqrt(), spaces)
 
 
 def _inverse_scale(roots: Tensor, spaces: NeuronSpaces) -> Tensor:
