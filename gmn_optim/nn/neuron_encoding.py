@@ -1,10 +1,9 @@
 """Positional encoding of neurons: what tells layers, and fixed input and output neurons, apart."""
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor, nn
 
+from gmn_optim.constants import constant
 from gmn_optim.neurons import NeuronSpace, NeuronSpaces
 
 _KINDS = ("input", "hidden", "output")
@@ -40,13 +39,13 @@ class NeuronEncoding(nn.Module):
         self, spaces: NeuronSpaces, dtype: torch.dtype | None = None, device: torch.device | None = None
     ) -> Tensor:
         """Return the code of every neuron (n, channels + 3)."""
-        return _encode(spaces, self.channels, self.neuron_numbers, dtype or torch.get_default_dtype(), device)
+        dtype, device = dtype or torch.get_default_dtype(), device or torch.get_default_device()
+        return _encode(spaces, self.channels, self.neuron_numbers, dtype, device)
 
 
-@lru_cache(maxsize=64)
-@torch.no_grad()
+@constant()
 def _encode(
-    spaces: NeuronSpaces, channels: int, neuron_numbers: bool, dtype: torch.dtype, device: torch.device | None
+    spaces: NeuronSpaces, channels: int, neuron_numbers: bool, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """Return the code, computed once for each network."""
     codes = [_space_code(space, channels, neuron_numbers) for space in spaces.spaces]

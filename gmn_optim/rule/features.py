@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gmn_optim.constants import constant_tensor
 from gmn_optim.rule.layout import Chunk
 
 DECAYS = (0.1, 0.5, 0.9, 0.99, 0.999, 0.9999)
@@ -31,14 +32,14 @@ class NormalizedFeatures(NamedTuple):
 
 def update_averages(averages: Tensor, values: Tensor) -> Tensor:
     """Return the moving averages (..., 6) one step on, given values (...)."""
-    weights = _constants(tuple(1.0 - decay for decay in DECAYS), averages.dtype, averages.device)
-    return torch.lerp(averages, values.unsqueeze(-1), weights)
+    shares = constant_tensor(tuple(1.0 - decay for decay in DECAYS), averages.dtype, averages.device)
+    return torch.lerp(averages, values.unsqueeze(-1), shares)
 
 
 def parameter_features(chunk: Chunk, channels: tuple[Tensor, ...]) -> NormalizedFeatures:
     """Return the channels, each (size) or (size, c), divided by their root mean square over each tensor."""
     stacked = torch.cat([c if c.dim() == 2 else c.unsqueeze(-1) for c in channels], dim=-1)
-    scales = chunk.mean_per_segment((stacked * stacked)).sqrt()
+    scales = chunk.mean_per_segment(stacked * stacked).sqrt()
     inverse = 1.0 / scales.clamp_min(TINY)
     return NormalizedFeatures(stacked * chunk.per_element(inverse), scales)
 
@@ -50,15 +51,4 @@ def time_features(step: Tensor) -> Tensor:
         >>> time_features(torch.tensor(1.0))[0].item()
         0.0
     """
-    return torch.tanh(step / _constants(TIME_SCALES, step.dtype, step.device) - 1.0)
-
-
-_CACHE: dict[tuple[object, ...], Tensor] = {}
-
-
-def _constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the numbers as a tensor, made once."""
-    key = (values, dtype, device)
-    if key not in _CACHE:
-        _CACHE[key] = torch.tensor(values, dtype=dtype, device=device)
-    return _CACHE[key]
+    return torch.tanh(step / constant_tensor(TIME_SCALES, step.dtype, step.device) - 1.0)

@@ -11,6 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from gmn_optim.constants import constant
 from gmn_optim.neurons import NeuronSpaces
 
 
@@ -123,22 +124,14 @@ def _close(segments: Sequence[Segment], learned: bool) -> Chunk:
     return Chunk(tuple(sorted(segments, key=lambda segment: order[segment.role])), learned)
 
 
-_CACHE: dict[tuple[object, ...], Tensor] = {}
-
-
+@constant(maxsize=256)
 def _averaging(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the matrix (s, size) that averages each segment."""
-    key = ("averaging", sizes, dtype, device)
-    if key not in _CACHE:
-        _CACHE[key] = torch.block_diag(
-            *(torch.full((1, max(n, 1)), 1.0 / max(n, 1), dtype=dtype)[:, :n] for n in sizes)
-        ).to(device)
-    return _CACHE[key]
+    rows = (torch.full((1, max(n, 1)), 1.0 / max(n, 1), dtype=dtype)[:, :n] for n in sizes)
+    return torch.block_diag(*rows).to(device)
 
 
+@constant(maxsize=256)
 def _segment_numbers(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     """Return the number of the segment that each element belongs to (size)."""
-    key = ("numbers", sizes, device)
-    if key not in _CACHE:
-        _CACHE[key] = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(device)
-    return _CACHE[key]
+    return torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(device)

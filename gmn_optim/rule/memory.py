@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gmn_optim.constants import constant, constant_tensor
 from gmn_optim.neurons import LayerPorts, NeuronSets, NeuronSpaces
 from gmn_optim.registry import Registry
 from gmn_optim.rule.features import DECAYS, TINY, update_averages
@@ -95,7 +96,7 @@ class MomentMemory(AbstractFactorMemory):
     ) -> tuple[NeuronFeatures, Tensor]:
         """Return the factors (r, n, 2) with the ratios of the moments (n, 28), and the new moments."""
         memory = update_averages(memory, sets.moments)
-        decays = torch.tensor(DECAYS, dtype=memory.dtype, device=memory.device)
+        decays = constant_tensor(DECAYS, memory.dtype, memory.device)
         corrected = memory / (1.0 - torch.pow(decays, step))
         means = torch.cat([sets.moments.unsqueeze(-1), corrected], dim=-1)
         first, roots = means[:, 0::2], means[:, 1::2].clamp_min(0.0).sqrt()
@@ -116,14 +117,9 @@ def _inverse_scale(roots: Tensor, spaces: NeuronSpaces) -> Tensor:
     return (1.0 / scale.clamp_min(TINY))[numbers]
 
 
-_CACHE: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
-
-
+@constant()
 def _space_averaging(spaces: NeuronSpaces, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the matrix (spaces, n) that averages each space, and the number of each neuron's space (n)."""
-    key = (spaces, dtype, device)
-    if key not in _CACHE:
-        averaging = torch.block_diag(*(torch.full((1, width), 1.0 / width, dtype=dtype) for width in spaces.widths))
-        numbers = torch.repeat_interleave(torch.arange(len(spaces.widths)), torch.tensor(spaces.widths))
-        _CACHE[key] = averaging.to(device), numbers.to(device)
-    return _CACHE[key]
+    averaging = torch.block_diag(*(torch.full((1, width), 1.0 / width, dtype=dtype) for width in spaces.widths))
+    numbers = torch.repeat_interleave(torch.arange(len(spaces.widths)), torch.tensor(spaces.widths))
+    return averaging.to(device), numbers.to(device)
