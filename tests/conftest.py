@@ -1,4 +1,4 @@
-"""Fixtures of the optimizer's tests."""
+"""Fixtures that several test files share."""
 
 from collections.abc import Callable
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gmn_optim.capture import adapters
 from gmn_optim.rule import UpdateRule
 from tests.cases import ARMS, make_rule, mlp
 
@@ -44,3 +45,9 @@ def arm(request: pytest.FixtureRequest) -> str:
 def rule(arm: str) -> UpdateRule:
     """Return the rule of every arm in turn, its meta-parameters random and not zero."""
     return make_rule(arm)
+
+
+@pytest.fixture
+def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget the adapters that a test registers."""
+    monkeypatch.setattr(adapters, "_ADAPTERS", dict(adapters._ADAPTERS))

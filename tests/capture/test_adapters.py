@@ -1,12 +1,10 @@
 """An adapter is found by the nearest registered type, and never for a forward pass that nothing is known of."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor, nn
 
-from gmn_optim.capture import GradientCapture, adapters
+from gmn_optim.capture import GradientCapture
 from gmn_optim.capture.adapters import find_adapter, register_layer, require_adapter, supported_layers
 from gmn_optim.capture.linear import LinearAdapter
 from gmn_optim.errors import InvalidArgumentError, UnsupportedLayerError
@@ -15,11 +13,8 @@ from gmn_optim.testing import assert_recomposes
 
 
 @pytest.fixture(autouse=True)
-def _own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Forget what a test registers."""
-    monkeypatch.setattr(adapters, "_ADAPTERS", dict(adapters._ADAPTERS))
+def _seed(own_registry: None) -> None:
     torch.manual_seed(0)
-    yield
 
 
 class Plain(nn.Linear):
