@@ -5,7 +5,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from gmn_optim.configuration import refuse_unknown_keys
 from gmn_optim.errors import InvalidArgumentError, UnknownNameError, WeightsError
 from gmn_optim.registry import unknown_name_message
 from gmn_optim.rule import RuleConfig, UpdateRule
@@ -85,9 +86,7 @@ class WeightsCard:
                 raise TypeError("a card is a JSON object")
             if values.get("format") != CARD_FORMAT:
                 raise TypeError(f"format is {values.get('format')!r}, this version reads {CARD_FORMAT}")
-            known = {each.name for each in fields(cls)}
-            if unknown := sorted(set(values) - known):
-                raise TypeError(f"unknown keys {unknown}")
+            refuse_unknown_keys("the card", values, cls)
             _require_types(values)
             values["aliases"], values["limits"] = tuple(values.get("aliases", ())), tuple(values.get("limits", ()))
             return cls(**values)

@@ -14,7 +14,13 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "gmn_optim"
 
 # What a module (with everything below it) may import of the package, at most.
-ALLOWED = {"errors": [], "constants": [], "registry": ["errors"], "gradients": ["errors"]}
+ALLOWED = {
+    "errors": [],
+    "constants": [],
+    "configuration": ["errors"],
+    "registry": ["errors"],
+    "gradients": ["errors"],
+}
 
 # What a module (with everything below it) must not import, be it by way of other modules.
 FORBIDDEN = {

@@ -1,21 +1,17 @@
 """GradMetaNet: an equivariant network from sets of decomposed gradients to features of parameters."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from gmn_optim.configuration import is_count, refuse_unknown_keys
 from gmn_optim.errors import InvalidArgumentError
 from gmn_optim.neurons import NeuronSpaces
 from gmn_optim.nn.neuron_encoding import NeuronEncoding
 from gmn_optim.nn.product import LayerFeatures, ProductLayer
 from gmn_optim.nn.set_layers import DeepSets, InteractionsAcrossSets, Reduction, SetPooling
-
-
-def is_count(value: object, most: int, least: int = 1) -> bool:
-    """Whether a value is a whole number in a range."""
-    return type(value) is int and least <= value <= most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +59,7 @@ class GradMetaNetConfig:
         Raises:
             InvalidArgumentError: a key is unknown (a file of a newer version) or a value makes no sense.
         """
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise InvalidArgumentError(
-                f"GradMetaNet configuration has unknown keys {unknown}; known are {sorted(known)}"
-            )
+        refuse_unknown_keys("GradMetaNet configuration", values, cls)
         return cls(**values)
 
 

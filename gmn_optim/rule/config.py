@@ -1,11 +1,12 @@
 """The configuration of an update rule, as it is saved in a card."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from gmn_optim.configuration import is_count, refuse_unknown_keys
 from gmn_optim.errors import InvalidArgumentError
-from gmn_optim.nn.gradmetanet import GradMetaNetConfig, is_count
+from gmn_optim.nn.gradmetanet import GradMetaNetConfig
 from gmn_optim.rule.body import bodies
 from gmn_optim.rule.memory import factor_memories
 from gmn_optim.rule.nominal import nominal_terms
@@ -98,9 +99,7 @@ class RuleConfig:
         Raises:
             InvalidArgumentError: a key is unknown (a file of a newer version) or a value makes no sense.
         """
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise InvalidArgumentError(f"rule configuration has unknown keys {unknown}; known are {sorted(known)}")
+        refuse_unknown_keys("rule configuration", values, cls)
         arguments = dict(values)
         if arguments.get("gradmetanet") is not None:
             arguments["gradmetanet"] = GradMetaNetConfig.from_dict(arguments["gradmetanet"])
