@@ -22,7 +22,9 @@ class GradMetaNetConfig:
         width: Channels of every hidden layer.
         set_layers: Layers before the pooling over data points (k1), at least 1.
         neuron_layers: Layers after it (k2).
-        out_channels: Channels of a parameter at the output.
+        out_channels: Channels of a parameter at the output. An update rule does not read it: there the network ends
+            in the body's first layer and writes as many channels as the body is wide. Cards keep the value all the
+            same.
         code_channels: Sinusoidal channels of the positional encoding.
         neuron_numbers: Whether fixed input and output neurons carry their own number.
         reduction: ``mean`` or ``sum`` pooling.

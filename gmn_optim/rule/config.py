@@ -19,10 +19,11 @@ class RuleConfig:
     Attributes:
         nominal: Name of the nominal term.
         body: Name of the learned body, or None for the nominal term alone.
-        gradmetanet: Sizes of the GradMetaNet whose embedding the body reads, or None.
+        gradmetanet: Sizes of the GradMetaNet whose embedding the body reads, or None. Its ``out_channels`` have no
+            effect: ``width`` takes their place.
         memory: Name of the factor memory, ``slots`` or ``moments``.
         data_points: Rows (data points times positions) that GradMetaNet reads at each step.
-        width: Hidden width of the body.
+        width: Hidden width of the body, and channels that GradMetaNet writes for it.
         depth: Hidden layers of the body.
         gated: Whether the body also scales the nominal term, ``nominal * exp(s) + beta * d``; the paper's does not.
         scheduled: Whether alpha follows a meta-learned schedule, ``alpha exp(10 w . time features)``; the paper's is

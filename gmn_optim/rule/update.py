@@ -88,6 +88,7 @@ class UpdateRule(nn.Module):
         self.alpha = LogScalar(config.alpha or self.nominal.default_alpha)
         self.memory = factor_memories[config.memory]()
         if config.gradmetanet is not None:
+            # the network's last layer is the body's first, see PerParameterMLP
             sizes = replace(config.gradmetanet, out_channels=config.width)
             self.gradmetanet = GradMetaNet(self.memory.set_channels, self.memory.neuron_channels, sizes)
         if config.scheduled:

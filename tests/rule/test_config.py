@@ -7,7 +7,7 @@ import pytest
 
 from gmn_optim.errors import InvalidArgumentError, UnknownNameError
 from gmn_optim.nn import GradMetaNetConfig
-from gmn_optim.rule import RuleConfig
+from gmn_optim.rule import RuleConfig, UpdateRule
 
 CONFIGS = {
     "momentum": RuleConfig(body=None),
@@ -76,6 +76,11 @@ def test_unknown_names_are_refused_with_near_matches(name: str, given: str, near
 def test_unknown_keys_are_refused() -> None:
     with pytest.raises(InvalidArgumentError, match=r"unknown keys \['colour', 'size'\].*known are"):
         RuleConfig.from_dict({"size": 1, "colour": 2})
+
+
+def test_a_rule_is_as_wide_as_its_body_whatever_the_network_would_write_by_itself() -> None:
+    rules = [UpdateRule(RuleConfig(width=8, gradmetanet=GradMetaNetConfig(out_channels=n))) for n in (3, 8, 14)]
+    assert {rule.gradmetanet.product.out_channels for rule in rules} == {8}
 
 
 def test_unknown_keys_of_the_network_are_refused_as_a_bad_argument() -> None:
