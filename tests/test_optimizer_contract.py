@@ -1,6 +1,7 @@
 """What every torch optimizer promises, promised here too: closures, groups, schedulers, hooks, odd shapes."""
 
 import gc
+from functools import partial
 
 import pytest
 import torch
@@ -37,17 +38,17 @@ def test_it_is_a_torch_optimizer(make_model, arm) -> None:
 def test_a_closure_may_do_the_whole_passes(make_model, batches, arm, is_grad_enabled) -> None:
     model, twin = make_model(), make_model()
     optimizer = optimizer_for(model, arm)
+
+    def pass_over(batch: torch.Tensor) -> torch.Tensor:
+        assert torch.is_grad_enabled()
+        optimizer.zero_grad()
+        loss = loss_of(model, batch)
+        loss.backward()
+        return loss
+
     for batch in batches:
-
-        def closure() -> torch.Tensor:
-            assert torch.is_grad_enabled()
-            optimizer.zero_grad()
-            loss = loss_of(model, batch)
-            loss.backward()
-            return loss
-
         with torch.set_grad_enabled(is_grad_enabled):
-            returned = optimizer.step(closure)
+            returned = optimizer.step(partial(pass_over, batch))
         assert torch.is_tensor(returned) and returned.requires_grad
     train(twin, optimizer_for(twin, arm), batches)
     assert_same(model, twin)
