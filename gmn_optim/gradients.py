@@ -33,9 +33,21 @@ class DecomposedGradient(NamedTuple):
     activations: Tensor
     backprops: Tensor
 
-    def sum_of_outer_products(self) -> Tensor:
-        """Return the sum over data points and positions of ``g a^T`` (o, i)."""
-        return self.backprops.flatten(0, 1).mT @ self.activations.flatten(0, 1)
+    def sum_of_outer_products(self, groups: int = 1) -> Tensor:
+        """Return the sum over data points and positions of ``g a^T`` (o, i), or of its diagonal blocks (o, i / groups).
+
+        Args:
+            groups: Number of blocks that inputs and outputs fall into, each output seeing the inputs of its block.
+        """
+        activations, backprops = self.activations.flatten(0, 1), self.backprops.flatten(0, 1)
+        if groups == 1:
+            return backprops.mT @ activations
+        blocks = (each.unflatten(1, (groups, -1)).movedim(1, 0) for each in (backprops, activations))
+        return torch.bmm(next(blocks).mT, next(blocks)).flatten(0, 1)
+
+    def sum_of_products(self) -> Tensor:
+        """Return the sum over data points and positions of ``g * a`` (n), for layers that scale each neuron."""
+        return (self.activations * self.backprops).sum((0, 1))
 
     def sum_of_backprops(self) -> Tensor:
         """Return the sum over data points and positions of ``g`` (o)."""

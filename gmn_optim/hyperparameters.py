@@ -8,12 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gmn_optim.errors import InvalidArgumentError, InvalidParameterError, ModelExpectedError, WeightsError
+from gmn_optim.errors import CaptureError, InvalidArgumentError, InvalidParameterError, ModelExpectedError, WeightsError
 from gmn_optim.rule import RuleConfig, UpdateRule
 from gmn_optim.weights import Weights, load_weights
 
 DEFAULT_NOMINAL = "adam"
 """The nominal term of an optimizer without weights."""
+
+FOREIGN_OPTIONS = (
+    "betas",
+    "eps",
+    "amsgrad",
+    "dampening",
+    "nesterov",
+    "foreach",
+    "fused",
+    "capturable",
+    "differentiable",
+)
+"""Options of torch's optimizers that have no counterpart here."""
 
 
 def choose_rule(weights: str | Path | Weights | UpdateRule | None, nominal: str) -> tuple[UpdateRule, str]:
@@ -71,7 +84,7 @@ def require_model(model: object) -> None:
 
 
 def require_valid_group(group: Mapping[str, Any]) -> None:
-    """Raise if a hyper-parameter of a group makes no sense.
+    """Raise if a hyper-parameter of a group makes no sense, or is one of another optimizer.
 
     Raises:
         InvalidArgumentError: one does not; all such are named.
@@ -89,6 +102,10 @@ def require_valid_group(group: Mapping[str, Any]) -> None:
         faults.append(f"Invalid weight_decay value: {decay}")
     if momentum is not None and not (isinstance(momentum, Tensor | int | float) and 0.0 <= momentum < 1.0):
         faults.append(f"Invalid momentum value: {momentum}; expected None or a decay within [0, 1)")
+    # schedulers and users put keys of their own into groups, and False asks for nothing
+    foreign = [name for name in FOREIGN_OPTIONS if group.get(name)]
+    if foreign:
+        faults.append(f"no option of GMNOptimizer: {', '.join(foreign)}; leave out what belongs to another optimizer")
     if faults:
         raise InvalidArgumentError("; ".join(faults))
 
@@ -97,7 +114,7 @@ def require_trainable(parameters: Iterable[Tensor]) -> None:
     """Raise if a parameter is of a kind that the rule cannot update.
 
     Raises:
-        InvalidParameterError: one is complex, sparse or not floating.
+        InvalidParameterError: one is complex, sparse, not floating or without values.
 
     Example:
         >>> require_trainable(nn.Linear(2, 1).parameters())
@@ -112,6 +129,8 @@ def _fault(parameter: Tensor) -> str | None:
     if isinstance(parameter, nn.parameter.UninitializedParameter):
         return "a parameter of a lazy layer has no shape yet (call the model once first) and"
     what = f"parameter of shape {tuple(parameter.shape)}"
+    if parameter.is_meta:
+        return f"{what} has no values (it is on the meta device; call model.to_empty(device=...) first) and"
     if parameter.is_complex():
         return f"{what} is complex ({parameter.dtype})"
     if parameter.layout != torch.strided:
@@ -138,16 +157,59 @@ def require_own_parameters(model: nn.Module, groups: Iterable[Mapping[str, Any]]
         )
 
 
-def require_same_weights(wanted: str, groups: Iterable[Mapping[str, Any]]) -> None:
-    """Raise if the groups of a saved state name other weights.
+def require_one_process() -> None:
+    """Raise if several processes train together: each sees the factors of its own data points only.
 
     Raises:
-        WeightsError: they do.
+        CaptureError: they do.
+
+    Example:
+        >>> require_one_process()
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        count = torch.distributed.get_world_size()
+        if count > 1:
+            raise CaptureError(
+                f"{count} processes train together; each has the factors of its own data points only, so that their "
+                "parameters would drift apart. Train in one process, or with weights=None."
+            )
+
+
+def require_one_device(groups: Iterable[Mapping[str, Any]]) -> None:
+    """Raise if the parameters that take part in a step are on several devices.
+
+    Raises:
+        InvalidParameterError: they are.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> model(torch.ones(3, 2)).sum().backward()
+        >>> require_one_device([{"params": model.parameters()}])
+    """
+    devices = {parameter.device for group in groups for parameter in group["params"] if parameter.grad is not None}
+    if len(devices) > 1:
+        raise InvalidParameterError(
+            f"parameters with a gradient are on {' and '.join(sorted(map(str, devices)))}; an optimizer trains on one "
+            "device: move the model to one, or make an optimizer for each with its own params"
+        )
+
+
+def require_same_weights(wanted: str, groups: Iterable[Mapping[str, Any]]) -> None:
+    """Raise if the groups of a saved state name other weights, or are those of another optimizer.
+
+    Raises:
+        WeightsError: they do, or are.
 
     Example:
         >>> require_same_weights("adam", [{"weights": "adam"}, {}])
     """
     for group in groups:
+        foreign = [name for name in FOREIGN_OPTIONS if name in group]
+        if foreign and "weights" not in group:
+            raise WeightsError(
+                f"the state was made by another optimizer (its groups have {', '.join(foreign)}); start without it: "
+                "this optimizer cannot continue it"
+            )
         if group.get("weights", wanted) != wanted:
             raise WeightsError(
                 f"the state was made with weights {group['weights']!r}, this optimizer has {wanted!r}; make it "

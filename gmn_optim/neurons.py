@@ -1,19 +1,54 @@
-"""Neuron spaces: which neurons a network has, which layers share them, and their features over a set of data points.
+"""Neuron spaces: which neurons a network has, which layers share them, and how streams of them are made.
 
 A space is a set of neurons that one permutation acts on. A hidden space of an MLP is written by one layer, whose
-backprops are its ``g``, and read by the next, whose input activations are its ``a``. Ports of layers that cannot be
-proven to share neurons stay separate spaces, which is safe: equivariance then holds for a larger group.
+backprops are its ``g``, and read by the next, whose input activations are its ``a``. Where many layers read and write
+the same neurons (a residual stream, the channels before a flattening), each port is a space of its own, and the ports
+of the stream lend one another the factor that they lack. Ports of layers that cannot be proven to share neurons stay
+separate, which is safe: equivariance then holds for a larger group.
 """
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
-import torch
-from torch import Tensor
+Structure = Literal["matrix", "diagonal", "table"]
+"""How factors become the gradient of a weight: a sum of outer products ``g a^T``, the products ``g * a`` of each neuron
+by itself, or ``g`` added to the rows of a table that the activations name."""
 
-from gmn_optim.gradients import DecomposedGradient
+
+class LayerSpec(NamedTuple):
+    """What the rule must know of a layer.
+
+    Attributes:
+        inputs: Input neurons i.
+        outputs: Output neurons o.
+        groups: Blocks of inputs and outputs; an output sees the inputs of its block.
+        structure: How factors become the weight's gradient.
+        rows: Rows of a table, else 0.
+    """
+
+    inputs: int
+    outputs: int
+    groups: int = 1
+    structure: Structure = "matrix"
+    rows: int = 0
+
+
+class LayerWiring(NamedTuple):
+    """What is proven of a layer's neurons. Equal names mean the same neuron, wherever they stand.
+
+    Attributes:
+        inputs: Name of each input neuron (i), or None if nothing is known.
+        outputs: Name of each output neuron (o), or None.
+        reads_model_input: Whether the layer's input is a tensor given to the model.
+        is_model_output: Whether the model returns these output neurons.
+    """
+
+    inputs: tuple[Hashable, ...] | None = None
+    outputs: tuple[Hashable, ...] | None = None
+    reads_model_input: bool = False
+    is_model_output: bool = False
 
 
 @dataclass(frozen=True)
@@ -27,6 +62,8 @@ class NeuronSpace:
         depth: Place in the chain of spaces, from 0.
         reader: Name of the layer whose input activations are this space's ``a``, or None.
         writer: Name of the layer whose backprops are this space's ``g``, or None.
+        stream: Number of the stream that lends what reader or writer is missing for, or None.
+        members: Which member of the stream each neuron is (width); None for all of them in order.
     """
 
     width: int
@@ -34,20 +71,30 @@ class NeuronSpace:
     depth: int
     reader: str | None = None
     writer: str | None = None
+    stream: int | None = None
+    members: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
 class LayerPorts:
-    """The two spaces that a layer joins, as places in :attr:`NeuronSpaces.spaces`."""
+    """The two spaces that a layer joins, as places in :attr:`NeuronSpaces.spaces`, and its :class:`LayerSpec`."""
 
     name: str
     input_space: int
     output_space: int
+    groups: int = 1
+    structure: Structure = "matrix"
+    rows: int = 0
 
 
 @dataclass(frozen=True)
 class NeuronSpaces:
     """The spaces of a network and the layers between them. All neurons stand behind one another on one axis (n).
+
+    Attributes:
+        spaces: The spaces.
+        layers: The layers between them.
+        streams: Number of members of each stream.
 
     Example:
         >>> spaces = chain_spaces([4, 3, 2])
@@ -57,6 +104,7 @@ class NeuronSpaces:
 
     spaces: tuple[NeuronSpace, ...]
     layers: tuple[LayerPorts, ...]
+    streams: tuple[int, ...] = ()
 
     @cached_property
     def widths(self) -> tuple[int, ...]:
@@ -70,62 +118,30 @@ class NeuronSpaces:
 
     def place(self, space: int) -> slice:
         """Return where the neurons of space number ``space`` stand on the neuron axis."""
-        start = sum(self.widths[:space])
-        return slice(start, start + self.widths[space])
+        return self._places[space]
 
     def layer(self, name: str) -> LayerPorts:
         """Return the ports of the layer called ``name``."""
         return self._by_name[name]
 
+    def __hash__(self) -> int:
+        """Return the hash, worked out once: tables of constants are keyed by networks with many neurons."""
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.spaces, self.layers, self.streams))
+
+    @cached_property
+    def _places(self) -> tuple[slice, ...]:
+        """Return the place of every space."""
+        starts = [sum(self.widths[:number]) for number in range(len(self.widths))]
+        return tuple(slice(start, start + width) for start, width in zip(starts, self.widths, strict=True))
+
     @cached_property
     def _by_name(self) -> dict[str, LayerPorts]:
         """Index the layers by name."""
         return {ports.name: ports for ports in self.layers}
-
-
-class Flow(Protocol):
-    """What is known of where a layer's input comes from and where its output goes."""
-
-    source: str | None
-    reads_model_input: bool
-    is_model_output: bool
-
-
-def infer_spaces(widths: Mapping[str, tuple[int, int]], flows: Mapping[str, Flow]) -> NeuronSpaces:
-    """Return the spaces of a network from what flowed between its layers.
-
-    Args:
-        widths: Layer name to its numbers of input and output neurons (i, o).
-        flows: Layer name to what is known of it; a layer that is absent joins two spaces of its own.
-
-    Example:
-        >>> from types import SimpleNamespace as Flow
-        >>> flows = {"a": Flow(source=None, reads_model_input=True, is_model_output=False),
-        ...          "b": Flow(source="a", reads_model_input=False, is_model_output=True)}
-        >>> [(s.width, s.kind) for s in infer_spaces({"a": (4, 3), "b": (3, 2)}, flows).spaces]
-        [(4, 'input'), (3, 'hidden'), (2, 'output')]
-    """
-    spaces: list[NeuronSpace] = []
-    written: dict[str, int] = {}
-    layers = []
-    for name in _sources_first(list(widths), flows):
-        fan_in, fan_out = widths[name]
-        flow = flows.get(name)
-        source = written.get(flow.source) if flow is not None else None
-        # a port may have other neurons than its source, such as the taps of a convolution
-        if source is not None and spaces[source].width == fan_in:
-            input_space = source
-            shared = spaces[input_space]
-            spaces[input_space] = NeuronSpace(shared.width, "hidden", shared.depth, name, shared.writer)
-        else:
-            input_space = len(spaces)
-            proven = flow is not None and flow.reads_model_input
-            spaces.append(NeuronSpace(fan_in, "input" if proven else "hidden", 0, reader=name))
-        written[name] = len(spaces)
-        kind = "output" if flow is not None and flow.is_model_output else "hidden"
-        spaces.append(NeuronSpace(fan_out, kind, spaces[input_space].depth + 1, writer=name))
-        layers.append(LayerPorts(name, input_space, written[name]))
-    return NeuronSpaces(tuple(spaces), tuple(layers))
 
 
 def chain_spaces(widths: list[int]) -> NeuronSpaces:
@@ -144,89 +160,162 @@ def chain_spaces(widths: list[int]) -> NeuronSpaces:
     return NeuronSpaces(spaces, tuple(LayerPorts(str(k), k, k + 1) for k in range(last)))
 
 
-def _sources_first(names: list[str], flows: Mapping[str, Flow]) -> list[str]:
-    """Order layers so that each comes after the one that feeds it, else as given."""
-    ordered: list[str] = []
-    waiting = dict.fromkeys(names)
-    while waiting:
-        ready = [n for n in waiting if n not in flows or flows[n].source is None or flows[n].source not in waiting]
-        name = ready[0] if ready else next(iter(waiting))
-        ordered.append(name)
-        del waiting[name]
-    return ordered
-
-
-class NeuronSets(NamedTuple):
-    """Features of all neurons over a set of data points.
-
-    Attributes:
-        factors: ``(a, g)`` of every neuron for a choice of rows (r, n, 2); what a space lacks is zero.
-        moments: Means over ALL rows of ``a``, ``a^2``, ``g`` and ``g^2`` (n, 4).
-    """
-
-    factors: Tensor
-    moments: Tensor
-
-
-def gather_neurons(gradients: Mapping[str, DecomposedGradient], spaces: NeuronSpaces, rows: int) -> NeuronSets:
-    """Return the features of all neurons, with ``rows`` rows chosen so that the order of the data points is immaterial.
-
-    Rows of one layer (data points times positions) are sorted by the norm of their backprops over the layers that
-    share them, and ``rows`` evenly spaced ranks are kept: a stratified sample, the same for any order of the batch,
-    in which slot k means the k-th quantile. A set smaller than ``rows`` repeats some of its members.
+def infer_spaces(specs: Mapping[str, LayerSpec], wiring: Mapping[str, LayerWiring]) -> NeuronSpaces:
+    """Return the spaces of a network from what is proven of its layers' neurons.
 
     Args:
-        gradients: Layer name to factors (b, p, i), (b, p, o); every layer of ``spaces`` must be there.
-        spaces: The network's neuron spaces.
-        rows: Number of rows r.
+        specs: Layer name to the layer's form.
+        wiring: Layer name to what is known of its neurons, in the order of the calls; a layer that is absent joins
+            two spaces of its own.
+
+    Example:
+        >>> wiring = {"a": LayerWiring((0, 1), (2, 3, 4), True), "b": LayerWiring((2, 3, 4), (5, 6), False, True)}
+        >>> [(s.width, s.kind) for s in infer_spaces({"a": LayerSpec(2, 3), "b": LayerSpec(3, 2)}, wiring).spaces]
+        [(2, 'input'), (3, 'hidden'), (2, 'output')]
     """
-    flat = {ports.name: _flatten_rows(gradients[ports.name]) for ports in spaces.layers}
-    chosen = _choose_rows(flat, rows)
-    factors, moments = [], []
-    for space in spaces.spaces:
-        a = flat[space.reader][0] if space.reader else None
-        g = flat[space.writer][1] if space.writer else None
-        picked_a = a[chosen[space.reader]] if a is not None else None
-        picked_g = g[chosen[space.writer]] if g is not None else None
-        factors.append(torch.stack(_zero_filled(picked_a, picked_g), dim=-1))
-        moments.append(torch.stack([*_moments(a, g), *_moments(g, a)], dim=-1))
-    return NeuronSets(torch.cat(factors, dim=-2), torch.cat(moments, dim=-2))
+    names = [*(name for name in wiring if name in specs), *(name for name in specs if name not in wiring)]
+    ports = [port for name in names for port in _ports_of(name, specs[name], wiring.get(name, LayerWiring()))]
+    streams = _join_ports(ports)
+    depths = _depths(ports, streams)
+    spaces: list[NeuronSpace] = []
+    places: dict[tuple[str, bool], int] = {}
+    sizes: list[int] = []
+    for port in ports:
+        stream = streams[port.key]
+        if port.key in places:
+            continue
+        pair = None if port.is_scaled else _pair_of(stream)
+        if pair is None and not port.is_scaled and stream.lends and stream.number is None:
+            stream.number = len(sizes)
+            sizes.append(len(stream.members))
+        places.update(dict.fromkeys([each.key for each in pair or [port]], len(spaces)))
+        spaces.append(_space_of(pair or [port], stream, depths[id(stream)]))
+    layers = [_layer_ports(name, specs[name], places) for name in names]
+    return NeuronSpaces(tuple(spaces), tuple(layers), tuple(sizes))
 
 
-def _flatten_rows(gradient: DecomposedGradient) -> tuple[Tensor, Tensor]:
-    """Return the factors with data points and positions as one axis of rows; an empty batch counts as a row of zeros."""
-    a, g = gradient.activations.flatten(0, 1), gradient.backprops.flatten(0, 1)
-    return (a, g) if len(a) else (a.new_zeros(1, a.shape[1]), g.new_zeros(1, g.shape[1]))
+# ---------------------------------------------------------------------- ports and streams
 
 
-def _choose_rows(flat: Mapping[str, tuple[Tensor, Tensor]], rows: int) -> dict[str, Tensor]:
-    """Return, for every layer, the chosen row numbers; layers with equal numbers of rows share them."""
-    norms: dict[int, Tensor] = {}
-    for a, g in flat.values():
-        norm = torch.stack([a.square().sum(-1), g.square().sum(-1)])
-        norms[g.shape[0]] = norms[g.shape[0]] + norm if g.shape[0] in norms else norm
-    chosen = {count: _quantile_ranks(*norm, rows) for count, norm in norms.items()}
-    return {name: chosen[g.shape[0]] for name, (_, g) in flat.items()}
+class _Port(NamedTuple):
+    """One side of a layer.
+
+    Attributes:
+        layer: Its name.
+        is_writer: Whether it is the layer's output.
+        width: Number of neurons.
+        names: Name of each neuron.
+        is_end: Whether these are neurons of the model's input or output.
+        is_scaled: Whether the layer scales each neuron by itself: one port, which has both factors.
+    """
+
+    layer: str
+    is_writer: bool
+    width: int
+    names: tuple[Hashable, ...]
+    is_end: bool
+    is_scaled: bool = False
+
+    @property
+    def key(self) -> tuple[str, bool]:
+        """Identify the port."""
+        return self.layer, self.is_writer
 
 
-def _quantile_ranks(of_a: Tensor, of_g: Tensor, rows: int) -> Tensor:
-    """Return the row numbers at ``rows`` evenly spaced ranks of ``of_g``; rows of equal ``of_g`` stand by ``of_a``."""
-    count = of_g.shape[0]
-    ranks = torch.arange(rows, device=of_g.device).mul(2).add(1).mul(count).div(2 * rows, rounding_mode="floor")
-    order = of_a.argsort(stable=True)
-    return order[of_g[order].argsort(stable=True)][ranks]
+class _Stream:
+    """Ports that share neurons."""
+
+    def __init__(self) -> None:
+        self.ports: list[_Port] = []
+        self.members: dict[Hashable, int] = {}
+        self.number: int | None = None
+
+    def add(self, port: _Port) -> None:
+        """Take in a port and its neurons."""
+        self.ports.append(port)
+        for name in port.names:
+            self.members.setdefault(name, len(self.members))
+
+    @property
+    def lends(self) -> bool:
+        """Whether there are both readers and writers."""
+        plain = {port.is_writer for port in self.ports if not port.is_scaled}
+        return len(plain) == 2
 
 
-def _zero_filled(a: Tensor | None, g: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return both factors, a missing one as zeros."""
-    present = a if a is not None else g
-    zeros = torch.zeros_like(present)
-    return (a if a is not None else zeros), (g if g is not None else zeros)
+def _ports_of(name: str, spec: LayerSpec, known: LayerWiring) -> list[_Port]:
+    """Return the ports of a layer; neurons of which nothing is known get names of their own."""
+    inputs = known.inputs if known.inputs is not None and len(known.inputs) == spec.inputs else None
+    outputs = known.outputs if known.outputs is not None and len(known.outputs) == spec.outputs else None
+    inputs = inputs or tuple((name, "input", number) for number in range(spec.inputs))
+    outputs = outputs or tuple((name, "output", number) for number in range(spec.outputs))
+    if spec.structure == "diagonal":
+        return [_Port(name, True, spec.outputs, outputs, known.is_model_output, is_scaled=True)]
+    is_input = known.reads_model_input and spec.structure == "matrix"
+    return [
+        _Port(name, False, spec.inputs, inputs, is_input),
+        _Port(name, True, spec.outputs, outputs, known.is_model_output),
+    ]
 
 
-def _moments(values: Tensor | None, other: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the mean and the mean square over rows; zeros, sized like ``other``, where there are no values."""
-    if values is None:
-        zeros = torch.zeros_like(other[0])
-        return zeros, zeros
-    return values.mean(0), values.square().mean(0)
+def _join_ports(ports: Sequence[_Port]) -> dict[tuple[str, bool], _Stream]:
+    """Return the stream of each port: ports with a neuron in common are in one."""
+    by_name: dict[Hashable, list[int]] = {}
+    parents = list(range(len(ports)))
+
+    def root(number: int) -> int:
+        while parents[number] != number:
+            parents[number] = number = parents[parents[number]]
+        return number
+
+    for number, port in enumerate(ports):
+        for name in set(port.names):
+            first = by_name.setdefault(name, [number])[0]
+            parents[root(number)] = root(first)
+    streams: dict[int, _Stream] = {}
+    for number, port in enumerate(ports):
+        streams.setdefault(root(number), _Stream()).add(port)
+    return {port.key: streams[root(number)] for number, port in enumerate(ports)}
+
+
+def _pair_of(stream: _Stream) -> list[_Port] | None:
+    """Return reader and writer of a stream with none but these two, neuron by neuron; else None."""
+    plain = sorted((port for port in stream.ports if not port.is_scaled), key=lambda port: port.is_writer)
+    if len(plain) != 2 or not stream.lends:
+        return None
+    reader, writer = plain
+    is_one_to_one = reader.names == writer.names and len(stream.members) == reader.width
+    return [reader, writer] if is_one_to_one and reader.layer != writer.layer else None
+
+
+def _depths(ports: Sequence[_Port], streams: Mapping[tuple[str, bool], _Stream]) -> dict[int, int]:
+    """Return for each stream how many layers lead to it, by the first way that was seen."""
+    depths: dict[int, int] = {}
+    latest: dict[str, int] = {}
+    for port in ports:
+        stream = id(streams[port.key])
+        latest[port.layer] = depths.setdefault(stream, latest[port.layer] + 1 if port.layer in latest else 0)
+    return depths
+
+
+def _space_of(ports: list[_Port], stream: _Stream, depth: int) -> NeuronSpace:
+    """Return the space of one port, or of the reader and the writer of the same neurons."""
+    port, *others = ports
+    if others:
+        return NeuronSpace(port.width, "hidden", depth, port.layer, others[0].layer)
+    kind = ("output" if port.is_writer else "input") if port.is_end else "hidden"
+    if port.is_scaled:
+        return NeuronSpace(port.width, kind, depth, port.layer, port.layer)
+    members = tuple(stream.members[name] for name in port.names)
+    in_order = members == tuple(range(len(stream.members)))
+    reader, writer = (None, port.layer) if port.is_writer else (port.layer, None)
+    lent = stream.number, None if in_order else members
+    return NeuronSpace(port.width, kind, depth, reader, writer, *(lent if stream.lends else (None, None)))
+
+
+def _layer_ports(name: str, spec: LayerSpec, places: Mapping[tuple[str, bool], int]) -> LayerPorts:
+    """Return a layer's ports as places among the spaces."""
+    output_space = places[name, True]
+    return LayerPorts(
+        name, places.get((name, False), output_space), output_space, spec.groups, spec.structure, spec.rows
+    )

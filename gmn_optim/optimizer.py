@@ -1,6 +1,6 @@
 """GMNOptimizer: a learned optimizer in Adam's place."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,25 @@ from gmn_optim.hyperparameters import (
     choose_rule,
     default_lr,
     require_model,
+    require_one_device,
+    require_one_process,
     require_own_parameters,
     require_same_weights,
     require_trainable,
     require_valid_group,
 )
+from gmn_optim.memory_usage import MemoryUsage, count_bytes
 from gmn_optim.packing import restore_precision
 from gmn_optim.report import StepLog, StepReport, Summary
-from gmn_optim.routing import Routing, find_active, name_parameters, served_roles, warn_of_misses
+from gmn_optim.routing import ActiveParameter, Routing, find_active, name_parameters, served_roles, warn_of_misses
 from gmn_optim.rule import UpdateRule
 from gmn_optim.stepping import Stepper
 from gmn_optim.weights import Weights
 
 Params = Iterable[Any]
+
+DEFAULT_ROWS = 128
+"""Rows that are kept of each layer: all of most batches of vectors, and a small share of a transformer's tokens."""
 
 
 class GMNOptimizer(torch.optim.Optimizer):
@@ -48,12 +54,13 @@ class GMNOptimizer(torch.optim.Optimizer):
             cycle momentum set it. None leaves it as meta-trained.
         nominal: Name of the nominal term, only with ``weights=None``.
         rows: The most rows (data points times positions) whose factors are kept for a layer between backward and step;
-            None for all.
+            None for all. They are of the same data points in all layers, at evenly spaced ranks of the backprops' norm.
         seed: Of the random probe that checks factors against gradients. No other randomness is used.
 
     Raises:
         ModelExpectedError: ``model`` is not a module.
-        InvalidParameterError: a parameter is complex, sparse or not floating, or none belongs to the model.
+        InvalidParameterError: a parameter is complex, sparse, not floating or without values, or none belongs to the
+            model.
         InvalidArgumentError: another argument makes no sense.
         UnknownNameError: no such weights or nominal term.
         WeightsError: the weights cannot be used.
@@ -81,7 +88,7 @@ class GMNOptimizer(torch.optim.Optimizer):
         maximize: bool = False,
         momentum: float | None = None,
         nominal: str = DEFAULT_NOMINAL,
-        rows: int | None = None,
+        rows: int | None = DEFAULT_ROWS,
         seed: int = 0,
     ) -> None:
         require_model(model)
@@ -97,7 +104,7 @@ class GMNOptimizer(torch.optim.Optimizer):
         self._capture: GradientCapture | None = None
         self._rows, self._seed = rows, seed
         self._stepper, self._log = Stepper(self._rule), StepLog()
-        self._reasons: dict[str, str] = {}
+        self._verdicts: dict[str, Verification] = {}
         self._warned: set[str] = set()
         super().__init__(model.parameters() if params is None else params, defaults)
         require_own_parameters(model, self.param_groups)
@@ -107,8 +114,8 @@ class GMNOptimizer(torch.optim.Optimizer):
         """Add parameters, with their own lr, weight decay and so on; see ``torch.optim.Optimizer``.
 
         Raises:
-            InvalidParameterError: a parameter is complex, sparse or not floating.
-            InvalidArgumentError: a value of the group makes no sense.
+            InvalidParameterError: a parameter is complex, sparse, not floating or without values.
+            InvalidArgumentError: a value of the group makes no sense, or is an option of another optimizer.
         """
         require_valid_group({**self.defaults, **param_group})
         before = len(self.param_groups)
@@ -133,19 +140,13 @@ class GMNOptimizer(torch.optim.Optimizer):
             What the closure returned, or None.
 
         Raises:
-            InvalidParameterError: a gradient is sparse.
+            InvalidParameterError: a gradient is sparse, or parameters with gradients are on several devices.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        verdicts = self._verify()
-        names, served = name_parameters(self._model, self.param_groups), served_roles(self._capture, verdicts)
-        active = find_active(names, self.param_groups, served, self._log)
-        if active:
-            self._stepper.step(active, self._capture, verdicts, self.state, self._log)
-        if self._capture is not None:
-            self._capture.clear()
+        self._move()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -168,8 +169,11 @@ class GMNOptimizer(torch.optim.Optimizer):
         """Remove every hook."""
         self.close()
 
-    def summary(self) -> Summary:
+    def summary(self, spaces: bool = False) -> Summary:
         """Return a table with a row for each parameter: its shape, the kind of layer, who updates it, and why.
+
+        Args:
+            spaces: Whether to list the neuron spaces too, as far as forward passes have shown them.
 
         Example:
             >>> model = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3))
@@ -181,7 +185,7 @@ class GMNOptimizer(torch.optim.Optimizer):
             1.weight  | (3,)   | LayerNorm | adam       | the rule has no learned term
             1.bias    | (3,)   | LayerNorm | adam       | the rule has no learned term
         """
-        return self._routing().summary(self.param_groups)
+        return self._routing().summary(self.param_groups, spaces)
 
     def stats(self) -> StepReport:
         """Return what happened so far: steps, guarded and skipped ones, and the newest step of every parameter.
@@ -196,13 +200,29 @@ class GMNOptimizer(torch.optim.Optimizer):
         """
         return self._log.describe(self._routing().served_share(self.param_groups))
 
+    def memory_usage(self) -> MemoryUsage:
+        """Return the bytes that the optimizer holds now, by what they are for.
+
+        Memory of views counts in full, and once: a batch that is a slice of a data set counts as the data set.
+
+        Example:
+            >>> model = nn.Linear(2, 1)
+            >>> optimizer = GMNOptimizer(model, weights=None, nominal="momentum")
+            >>> model(torch.ones(4, 2)).sum().backward()
+            >>> optimizer.step()
+            >>> optimizer.memory_usage().state  # one average for each of three parameters, and the number of the step
+            16
+        """
+        factors = [] if self._capture is None else self._capture.kept_factors()
+        return MemoryUsage(count_bytes(factors), count_bytes(self.state), count_bytes(self._rule.parameters()))
+
     # ------------------------------------------------------------------ state, copies
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state that :meth:`state_dict` returned; the given dict stays as it is.
 
         Raises:
-            WeightsError: the state was made with other weights.
+            WeightsError: the state was made with other weights, or by another optimizer.
         """
         final: list[dict[str, Any]] = []  # what pre-hooks of the user made of the given dict
 
@@ -245,27 +265,83 @@ class GMNOptimizer(torch.optim.Optimizer):
                     group.setdefault(key, value)
         if "_model" in state:
             self._capture, self._stepper = None, Stepper(self._rule)
-            self._attach()
-            if self.__dict__.pop("_is_closed", False):
-                self.close()
+            is_closed = self.__dict__.pop("_is_closed", False)
+            _once_whole(self._model, self._attach_and_close if is_closed else self._attach)
         self._stepper.forget()
 
-    # ------------------------------------------------------------------ factors
+    # ------------------------------------------------------------------ the step without its closure
+
+    @torch._disable_dynamo  # inside compiled code it would be traced for seconds, and its caches passed over
+    def _move(self) -> None:
+        """Verify the factors, update every parameter with a usable gradient, and drop the factors."""
+        require_one_device(self.param_groups)
+        if self._capture is not None and not self._capture.closed:
+            require_one_process()
+        verdicts = self._verify()
+        names, served = name_parameters(self._model, self.param_groups), served_roles(self._capture, verdicts)
+        active = find_active(names, self.param_groups, served, self._log)
+        if active:
+            self._warn_of_misses(active)
+            self._stepper.step(active, self._capture, verdicts, self.state, self._log)
+        if self._capture is not None:
+            self._capture.forget()
 
     def _attach(self) -> None:
         """Hook the model if the rule looks at factors."""
         if self._rule.config.gradmetanet is not None:
             self._capture = GradientCapture(self._model, rows=self._rows, seed=self._seed)
 
+    def _attach_and_close(self) -> None:
+        """Become like the closed optimizer that this one is a copy of."""
+        self._attach()
+        self.close()
+
     def _verify(self) -> dict[str, Verification]:
-        """Return the verdict on each captured layer, and warn once of those whose gradient is not explained."""
+        """Return the verdict on each captured layer."""
         if self._capture is None or self._capture.closed:
             return {}
-        verdicts = self._capture.verify()
-        self._reasons = {name: "" if v.explained else v.reason for name, v in verdicts.items()}
-        warn_of_misses(self._reasons, self._warned, self._capture, self.param_groups)
-        return verdicts
+        self._verdicts = self._capture.verify()
+        return self._verdicts
+
+    def _warn_of_misses(self, active: Sequence[ActiveParameter]) -> None:
+        """Warn once of layers that take part in this step, and whose gradient their factors do not explain."""
+        if self._capture is not None and not self._capture.closed:
+            taking_part = [{"params": [each.parameter for each in active]}]
+            warn_of_misses(self._verdicts, self._warned, self._capture, taking_part)
 
     def _routing(self) -> Routing:
         """Return who serves which parameter now."""
-        return Routing(self._model, self._rule.config, self._capture, self._reasons)
+        return Routing(self._model, self._rule.config, self._capture, self._verdicts)
+
+
+def _once_whole(model: nn.Module, act: Callable[[], None]) -> None:
+    """Act now, or, where the copy of a model that keeps its optimizer is still being made, when that is done.
+
+    Copying and unpickling give an object its state by ``__setstate__``, the innermost first: an attribute of the model
+    has its own before the model has.
+    """
+    unfinished = _find_unfinished(model)
+    if unfinished is None:
+        act()
+        return
+    finish = unfinished.__setstate__
+
+    def finish_and_act(state: dict[str, Any]) -> None:
+        unfinished.__dict__.pop("__setstate__", None)
+        finish(state)
+        _once_whole(model, act)
+
+    unfinished.__dict__["__setstate__"] = finish_and_act
+
+
+def _find_unfinished(model: nn.Module) -> nn.Module | None:
+    """Return a module of a model that has no state yet, if there is one."""
+    waiting, met = [model], {id(model)}
+    while waiting:
+        module = waiting.pop()
+        if "_modules" not in module.__dict__:
+            return module
+        new = [child for child in module._modules.values() if child is not None and id(child) not in met]
+        waiting += new
+        met.update(map(id, new))
+    return None

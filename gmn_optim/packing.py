@@ -74,9 +74,9 @@ def _exchange_chunk(chunk: Chunk, flat: ChunkState, state: StateByName) -> None:
         views = {"step": flat.step}
         place = slice(start, start + segment.size)
         if flat.averages.shape[1]:
-            views["averages"] = flat.averages[place].view(*segment.shape, -1)
+            views["averages"] = segment.unflatten(flat.averages[place])
         for number, buffer in enumerate(flat.nominal):
-            views[f"nominal_{number}"] = buffer[place].view(segment.shape)
+            views[f"nominal_{number}"] = segment.unflatten(buffer[place])
         _exchange(entries, views)
         start += segment.size
 
@@ -86,9 +86,8 @@ def _exchange_layer(rule: UpdateRule, layout: Layout, packed: RuleState, ports: 
     owner = memory_owner(layout, ports.name)
     if owner is None or layout.spaces is None:
         return
-    activations, backprops = rule.memory.of_layer(packed.memory, layout.spaces, ports)
-    views = {"memory_of_activations": activations, "memory_of_backprops": backprops, "memory_step": packed.step}
-    _exchange(state[owner], views)
+    views = rule.memory.of_layer(packed.memory, layout.spaces, ports)
+    _exchange(state[owner], {**views, "memory_step": packed.step})
 
 
 def memory_owner(layout: Layout, layer: str) -> str | None:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gmn_optim.neurons import NeuronSpaces
 from gmn_optim.rule import Chunk
 from gmn_optim.rule.update import ChunkUpdate
 
@@ -30,15 +31,36 @@ class SummaryRow(NamedTuple):
     because: str
 
 
+class SpaceRow(NamedTuple):
+    """One neuron space.
+
+    Attributes:
+        neurons: How many.
+        kind: ``input``, ``hidden`` or ``output``.
+        depth: How many layers lead to it.
+        read_by: Layer that reads these neurons, or ``-``.
+        written_by: Layer that writes them, or ``-``.
+        shared: ``alone``, or the number of the stream whose other ports lend the factor that this one lacks.
+    """
+
+    neurons: int
+    kind: str
+    depth: int
+    read_by: str
+    written_by: str
+    shared: str
+
+
 class Summary(NamedTuple):
-    """A table of parameters; ``str()`` of it pastes into Markdown."""
+    """A table of parameters and, if asked for, one of neuron spaces; ``str()`` of it pastes into Markdown."""
 
     rows: tuple[SummaryRow, ...]
+    spaces: tuple[SpaceRow, ...] = ()
 
     def __str__(self) -> str:
-        """Return the table as text."""
-        header = tuple(name.replace("_", " ") for name in SummaryRow._fields)
-        return format_table([header, *(tuple(str(cell) for cell in row) for row in self.rows)])
+        """Return the tables as text."""
+        tables = [_tabulate(SummaryRow._fields, self.rows)]
+        return "\n\n".join(tables + ([_tabulate(SpaceRow._fields, self.spaces)] if self.spaces else []))
 
 
 class ParameterReport(NamedTuple):
@@ -88,6 +110,33 @@ def format_table(rows: Sequence[Sequence[str]]) -> str:
     lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, " | ".join("-" * width for width in widths))
     return "\n".join(lines)
+
+
+def describe_spaces(spaces: NeuronSpaces) -> tuple[SpaceRow, ...]:
+    """Return a row for each neuron space.
+
+    Example:
+        >>> from gmn_optim.neurons import chain_spaces
+        >>> describe_spaces(chain_spaces([4, 3, 2]))[1]
+        SpaceRow(neurons=3, kind='hidden', depth=1, read_by='1', written_by='0', shared='alone')
+    """
+    return tuple(
+        SpaceRow(
+            space.width,
+            space.kind,
+            space.depth,
+            "-" if space.reader is None else space.reader or "(model)",
+            "-" if space.writer is None else space.writer or "(model)",
+            "alone" if space.stream is None else f"stream {space.stream}",
+        )
+        for space in spaces.spaces
+    )
+
+
+def _tabulate(fields: Sequence[str], rows: Sequence[tuple[object, ...]]) -> str:
+    """Return rows under their fields' names."""
+    header = tuple(name.replace("_", " ") for name in fields)
+    return format_table([header, *(tuple(str(cell) for cell in row) for row in rows)])
 
 
 class MeasuredChunk(NamedTuple):

@@ -3,7 +3,7 @@
 import math
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,10 +12,24 @@ from torch import Tensor, nn
 from gmn_optim.capture import AbstractLayerAdapter, GradientCapture, Verification
 from gmn_optim.capture.adapters import find_adapter, require_adapter
 from gmn_optim.errors import CaptureWarning, InvalidParameterError
-from gmn_optim.report import StepLog, Summary, SummaryRow
+from gmn_optim.neurons import NeuronSpaces, infer_spaces
+from gmn_optim.report import StepLog, Summary, SummaryRow, describe_spaces
 from gmn_optim.rule import RuleConfig
+from gmn_optim.weight_order import WeightOrder
 
 Groups = Sequence[Mapping[str, Any]]
+
+
+class Place(NamedTuple):
+    """Where a parameter stands: its captured layer or None, its role in it, and how it lies in memory."""
+
+    layer: str | None
+    role: str
+    order: WeightOrder | None = None
+
+
+NOWHERE = Place(None, "other")
+"""The place of a parameter that no factors explain."""
 
 
 class ActiveParameter(NamedTuple):
@@ -27,7 +41,8 @@ class ActiveParameter(NamedTuple):
         group: The group that it is in.
         group_number: The group's number.
         layer: Name of the captured layer whose factors explain its gradient, or None.
-        role: ``weight`` or ``bias`` of that layer; ``other`` if there is none.
+        role: What it is in that layer, see :data:`gmn_optim.rule.layout.ROLES`; ``other`` if there is none.
+        order: How it lies in memory, if otherwise than outputs first.
     """
 
     name: str
@@ -36,6 +51,7 @@ class ActiveParameter(NamedTuple):
     group_number: int
     layer: str | None
     role: str
+    order: WeightOrder | None = None
 
 
 def name_parameters(model: nn.Module, groups: Groups) -> dict[int, str]:
@@ -57,20 +73,22 @@ def name_parameters(model: nn.Module, groups: Groups) -> dict[int, str]:
 # ---------------------------------------------------------------------- in one step
 
 
-def warn_of_misses(reasons: Mapping[str, str], warned: set[str], capture: GradientCapture, groups: Groups) -> None:
+def warn_of_misses(
+    verdicts: Mapping[str, Verification], warned: set[str], capture: GradientCapture, groups: Groups
+) -> None:
     """Warn of layers whose gradient is not explained, of each once, if a parameter of theirs is trained here.
 
     Args:
-        reasons: Layer name to why not; empty for a layer that is served.
+        verdicts: On each layer.
         warned: Layers that were warned of before; those warned of now are added.
         capture: Knows the layers' parameters.
         groups: The optimizer's groups.
 
     Example:
         >>> with GradientCapture(nn.Linear(2, 1)) as capture:
-        ...     warn_of_misses({"": "its weight is shared"}, {""}, capture, [])
+        ...     warn_of_misses({"": Verification(False, 0.0, 1.0, "its weight is shared")}, {""}, capture, [])
     """
-    missed = {name: reason for name, reason in reasons.items() if reason and name not in warned}
+    missed = {n: verdict.reason for n, verdict in verdicts.items() if not verdict.explained and n not in warned}
     if missed:
         trained = {id(parameter) for parameter in _parameters(groups)}
         served = capture.served_parameters()
@@ -86,7 +104,7 @@ def warn_of_misses(reasons: Mapping[str, str], warned: set[str], capture: Gradie
 
 
 def find_active(
-    names: Mapping[int, str], groups: Groups, served: Mapping[int, tuple[str, str]], log: StepLog
+    names: Mapping[int, str], groups: Groups, served: Mapping[int, Place], log: StepLog
 ) -> list[ActiveParameter]:
     """Return the parameters with a usable gradient; count those whose gradient is not finite, and warn of them once.
 
@@ -106,7 +124,7 @@ def find_active(
         ['other']
     """
     with_gradient = [
-        ActiveParameter(names[id(parameter)], parameter, group, number, *served.get(id(parameter), (None, "other")))
+        ActiveParameter(names[id(parameter)], parameter, group, number, *served.get(id(parameter), NOWHERE))
         for number, group in enumerate(groups)
         for parameter in group["params"]
         if parameter.grad is not None and parameter.numel()
@@ -146,8 +164,8 @@ def all_finite(gradients: Sequence[Tensor]) -> list[bool]:
     return [math.isfinite(norm) for norm in torch.stack([norm.to(norms[0].device) for norm in norms]).tolist()]
 
 
-def served_roles(capture: GradientCapture | None, verdicts: Mapping[str, Verification]) -> dict[int, tuple[str, str]]:
-    """Return the layer and role of each parameter, by identity, whose factors are there and right.
+def served_roles(capture: GradientCapture | None, verdicts: Mapping[str, Verification]) -> dict[int, Place]:
+    """Return the place of each parameter, by identity, whose factors are there and right.
 
     Example:
         >>> served_roles(None, {})
@@ -155,21 +173,50 @@ def served_roles(capture: GradientCapture | None, verdicts: Mapping[str, Verific
     """
     if capture is None or not verdicts:
         return {}
+    explained = {name: verdict for name, verdict in verdicts.items() if verdict.explained}
+    # scale-free features would blow rounding error up to the size of a gradient
+    noise = _vanishing(capture, verdicts)
     found = _roles(capture)
-    return {key: place for key, place in found.items() if place[0] in verdicts and verdicts[place[0]].explained}
+    return {key: place for key, place in found.items() if place.layer in explained and key not in noise}
 
 
-def _roles(capture: GradientCapture) -> dict[int, tuple[str, str]]:
-    """Return the layer and role of each parameter, by identity, whose factors the learned term can read."""
-    roles: dict[int, tuple[str, str]] = {}
+def _hides_order(adapter: AbstractLayerAdapter) -> bool:
+    """Whether ``weight_order`` does not tell how a weight lies: the adapter has a gradient matrix of its own."""
+    return adapter.structure == "matrix" and (type(adapter).gradient_matrix is not AbstractLayerAdapter.gradient_matrix)
+
+
+def spaces_of(capture: GradientCapture, layers: Collection[str]) -> NeuronSpaces | None:
+    """Return the neuron spaces of some captured layers, as far as they are known; None without layers.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> with GradientCapture(model) as capture:
+        ...     spaces_of(capture, [""]).widths
+        (2, 1)
+    """
+    specs = {n: require_adapter(module, n).spec(module) for n, module in capture.layers.items() if n in layers}
+    return infer_spaces(specs, capture.wiring()) if specs else None
+
+
+def _vanishing(capture: GradientCapture, verdicts: Mapping[str, Verification]) -> set[int]:
+    """Return the identities of parameters whose gradient is rounding error."""
+    parameters = capture.served_parameters()
+    return {id(parameters[layer][name]) for layer, v in verdicts.items() if layer in parameters for name in v.vanishing}
+
+
+def _roles(capture: GradientCapture) -> dict[int, Place]:
+    """Return the place of each parameter, by identity, whose factors the learned term can read."""
+    places: dict[int, Place] = {}
     modules = capture.layers
     for name, parameters in capture.served_parameters().items():
         adapter = require_adapter(modules[name], name)
-        # the product layer writes weights as (o, i): an adapter for another order in memory keeps the nominal term
-        if type(adapter).gradient_matrix is AbstractLayerAdapter.gradient_matrix:
-            known = dict(zip(adapter.parameter_names, ("weight", "bias"), strict=False))
-            roles.update({id(p): (name, known[role]) for role, p in parameters.items() if role in known})
-    return roles
+        roles, order = adapter.roles(), adapter.weight_order(modules[name])
+        if order is None and _hides_order(adapter):
+            continue
+        for slot, parameter in parameters.items():
+            if slot in roles:
+                places[id(parameter)] = Place(name, roles[slot], order if roles[slot] == "weight" else None)
+    return places
 
 
 def _warn_caller(message: str, category: type[Warning]) -> None:
@@ -195,7 +242,7 @@ class Routing:
         model: The module that is trained.
         config: Of the rule.
         capture: Gives the factors, or None where the rule looks at none.
-        reasons: Layer name to why its factors did not explain its gradient at the newest step; empty where they did.
+        verdicts: Of the newest step on each layer.
 
     Example:
         >>> model, config = nn.Linear(2, 1), RuleConfig(nominal="adam", body=None)
@@ -204,13 +251,19 @@ class Routing:
     """
 
     def __init__(
-        self, model: nn.Module, config: RuleConfig, capture: GradientCapture | None, reasons: Mapping[str, str]
+        self,
+        model: nn.Module,
+        config: RuleConfig,
+        capture: GradientCapture | None,
+        verdicts: Mapping[str, Verification],
     ) -> None:
-        self._model, self._config, self._reasons = model, config, reasons
+        self._model, self._config, self._verdicts = model, config, verdicts
+        self._vanishing = set() if capture is None else _vanishing(capture, verdicts)
+        self._capture = capture
         self._kinds = _layer_kinds(model)
         self._is_open = capture is not None and not capture.closed
-        self._layers = {} if capture is None else {key: name for key, (name, _) in _roles(capture).items()}
-        self._adapted = {id(p) for module in model.modules() if find_adapter(module) for p in module.parameters(False)}
+        self._layers = {} if capture is None else {key: place.layer for key, place in _roles(capture).items()}
+        self._adapted = _adapted_parameters(model)
 
     def of(self, parameter: Tensor) -> tuple[bool, str]:
         """Return whether the learned term serves a parameter, and why or why not."""
@@ -228,17 +281,24 @@ class Routing:
         """Return whether the factors of a parameter's layer serve it, and why or why not."""
         kind, layer = self._kinds.get(id(parameter)), self._layers.get(id(parameter))
         if layer is None and id(parameter) in self._adapted:
-            return False, "its layer's weight is shared, parametrized or stored otherwise"
+            is_explained = self._adapted[id(parameter)]
+            shared = "its layer's weight is shared, parametrized or stored otherwise"
+            return False, shared if is_explained else "the factors of its layer do not give its gradient"
         if layer is None:
             return False, f"no adapter serves {kind}" if kind else "not a parameter of the model"
-        if layer not in self._reasons:
+        if layer not in self._verdicts:
             return True, "its layer is hooked; no step yet"
-        return not self._reasons[layer], self._reasons[layer] or "its factors explain its gradient"
+        if id(parameter) in self._vanishing:
+            return False, "its gradient is zero up to rounding"
+        verdict = self._verdicts[layer]
+        return verdict.explained, "its factors explain its gradient" if verdict.explained else verdict.reason
 
-    def summary(self, groups: Groups) -> Summary:
-        """Return a row for each parameter in the groups."""
+    def summary(self, groups: Groups, spaces: bool = False) -> Summary:
+        """Return a row for each parameter in the groups and, if asked for, for each neuron space known so far."""
         names = name_parameters(self._model, groups)
-        return Summary(tuple(self._row(parameter, names[id(parameter)]) for parameter in _parameters(groups)))
+        rows = tuple(self._row(parameter, names[id(parameter)]) for parameter in _parameters(groups))
+        found = None if self._capture is None or not spaces else spaces_of(self._capture, set(self._layers.values()))
+        return Summary(rows, describe_spaces(found) if found is not None else ())
 
     def _row(self, parameter: Tensor, name: str) -> SummaryRow:
         """Return one parameter's row."""
@@ -256,6 +316,16 @@ class Routing:
 def _parameters(groups: Groups) -> Iterator[Tensor]:
     """Yield all parameters of the groups."""
     return (parameter for group in groups for parameter in group["params"])
+
+
+def _adapted_parameters(model: nn.Module) -> dict[int, bool]:
+    """Return, for each parameter of a layer that has an adapter, whether the adapter's factors give its gradient."""
+    adapted = ((module, adapter) for module in model.modules() if (adapter := find_adapter(module)) is not None)
+    return {
+        id(parameter): name in adapter.parameter_names
+        for module, adapter in adapted
+        for name, parameter in module.named_parameters(recurse=False)
+    }
 
 
 def _layer_kinds(model: nn.Module) -> dict[int, str]:

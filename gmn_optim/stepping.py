@@ -11,26 +11,27 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gmn_optim.capture import GradientCapture, LayerFlow, Verification
-from gmn_optim.capture.adapters import require_adapter
+from gmn_optim.capture import GradientCapture, Verification
 from gmn_optim.gradients import DecomposedGradient
-from gmn_optim.neurons import NeuronSets, NeuronSpaces, gather_neurons, infer_spaces
+from gmn_optim.neuron_sets import NeuronSets, gather_neurons
+from gmn_optim.neurons import LayerWiring, NeuronSpaces
 from gmn_optim.packing import overwrite_state, pack_state
 from gmn_optim.report import StepLog, measure_chunk
-from gmn_optim.routing import ActiveParameter
+from gmn_optim.routing import ActiveParameter, spaces_of
 from gmn_optim.rule import Chunk, Layout, RuleConfig, RuleState, Segment, UpdateRule, build_chunks
 from gmn_optim.rule.update import ChunkUpdate
 
 StateByParameter = MutableMapping[Tensor, MutableMapping[str, Any]]
 
-_Key = tuple[Mapping[str, LayerFlow], list[tuple[object, ...]]]
+_Key = tuple[int, list[tuple[object, ...]]]
 
 
 class _Plan(NamedTuple):
     """What stays as it is while the same parameters take part in the steps.
 
     Attributes:
-        key: Flows and parameters that it was made for.
+        key: Wiring (by its identity) and parameters that it was made for.
+        wiring: What was known of the layers' neurons.
         layout: Which parameters stand where.
         state: The rule's flat state.
         rule: The rule in the dtype and on the device of the computation.
@@ -40,6 +41,7 @@ class _Plan(NamedTuple):
     """
 
     key: _Key
+    wiring: Mapping[str, LayerWiring]
     layout: Layout
     state: RuleState
     rule: UpdateRule
@@ -104,23 +106,30 @@ class Stepper:
         log: StepLog,
     ) -> _Plan:
         """Return the plan of these parameters; that of the step before if nothing changed."""
-        flows = {} if capture is None else capture.flows()
-        key = (flows, [(e.name, e.layer, e.role, e.parameter.dtype, _own_group(e)) for e in active])
+        wiring = {} if capture is None else capture.wiring()
+        key = (id(wiring), [(e.name, e.layer, e.role, e.parameter.dtype, _own_group(e)) for e in active])
         if self._plan is None or self._plan.key != key or not _shows(state, active, self._plan.entries):
-            layout = Layout(tuple(_chunks(active, state, self._rule.config)), _spaces(active, capture, flows))
-            self._plan = self._pack(key, layout, active, state, log)
+            layout = Layout(tuple(_chunks(active, state, self._rule.config)), _spaces(active, capture))
+            self._plan = self._pack(key, wiring, layout, active, state, log)
         return self._plan
 
     def _pack(
-        self, key: _Key, layout: Layout, active: Sequence[ActiveParameter], state: StateByParameter, log: StepLog
+        self,
+        key: _Key,
+        wiring: Mapping[str, LayerWiring],
+        layout: Layout,
+        active: Sequence[ActiveParameter],
+        state: StateByParameter,
+        log: StepLog,
     ) -> _Plan:
         """Return a plan with flat tensors, of which the optimizer's state and the log hold views from now on."""
         doubles = any(each.parameter.dtype == torch.float64 for each in active)
         like = torch.zeros((), dtype=torch.float64 if doubles else torch.float32, device=active[0].parameter.device)
         rule = self._rule_like(like)
+        _take_apart(state, active)
         packed = pack_state(rule, layout, {each.name: state[each.parameter] for each in active}, like)
         guarded = [log.guard_counts(chunk, like.device) if chunk.learned else None for chunk in layout.chunks]
-        return _Plan(key, layout, packed, rule, rule.alpha(), _entries(state, active), guarded)
+        return _Plan(key, wiring, layout, packed, rule, rule.alpha(), _entries(state, active), guarded)
 
     def _rule_like(self, like: Tensor) -> UpdateRule:
         """Return the rule with the dtype and device of a computation."""
@@ -136,6 +145,14 @@ class Stepper:
 def _own_group(each: ActiveParameter) -> int | None:
     """Return the number of a group with a momentum of its own, which shares no chunk with others, else None."""
     return None if each.group["momentum"] is None else each.group_number
+
+
+def _take_apart(state: StateByParameter, active: Sequence[ActiveParameter]) -> None:
+    """Give parameters that take no part an own copy of their state: a view would keep all of the old flat tensors."""
+    taking_part = {id(each.parameter) for each in active}
+    for parameter, entries in state.items():
+        if isinstance(parameter, Tensor) and id(parameter) not in taking_part:  # a user may keep other things there
+            entries.update({name: value.clone() for name, value in entries.items() if isinstance(value, Tensor)})
 
 
 def _entries(state: StateByParameter, active: Sequence[ActiveParameter]) -> list[Tensor]:
@@ -155,22 +172,17 @@ def _chunks(active: Sequence[ActiveParameter], state: StateByParameter, config: 
     bundles: dict[tuple[Any, ...], list[Segment]] = {}
     for each in active:
         learned = config.body is not None and (each.layer is not None or not needs_factors)
-        segment = Segment(each.name, tuple(each.parameter.shape), each.layer, each.role if learned else "other")
+        role, order = (each.role, each.order) if learned else ("other", None)
+        segment = Segment(each.name, tuple(each.parameter.shape), each.layer, role, order)
         taken = float(state[each.parameter].get("step", 0.0))
         bundles.setdefault((learned, taken, _own_group(each)), []).append(segment)
     return [chunk for (learned, _, _), segments in bundles.items() for chunk in build_chunks(segments, learned)]
 
 
-def _spaces(
-    active: Sequence[ActiveParameter], capture: GradientCapture | None, flows: Mapping[str, LayerFlow]
-) -> NeuronSpaces | None:
+def _spaces(active: Sequence[ActiveParameter], capture: GradientCapture | None) -> NeuronSpaces | None:
     """Return the neuron spaces of the layers that take part."""
     layers = {each.layer for each in active if each.layer is not None}
-    if capture is None or not layers:
-        return None
-    modules = capture.layers
-    widths = {name: require_adapter(modules[name], name).widths(modules[name]) for name in modules if name in layers}
-    return infer_spaces(widths, flows)
+    return None if capture is None else spaces_of(capture, layers)
 
 
 # ---------------------------------------------------------------------- the step
@@ -194,7 +206,9 @@ def _neurons(
     for ports in plan.layout.spaces.layers:
         activations, backprops = captured[ports.name]
         scale = verdicts[ports.name].scale * signs[ports.name]
-        scaled[ports.name] = DecomposedGradient(activations.to(like), backprops.to(like) * scale)
+        if activations.is_floating_point():
+            activations = activations.to(like)
+        scaled[ports.name] = DecomposedGradient(activations, backprops.to(like) * scale)
     return gather_neurons(scaled, plan.layout.spaces, plan.rule.config.data_points)
 
 

@@ -8,25 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from gmn_optim import GMNOptimizer
-from gmn_optim.nn.gradmetanet import GradMetaNetConfig
-from gmn_optim.rule import RuleConfig, UpdateRule
+from gmn_optim.neurons import LayerSpec, LayerWiring
+from gmn_optim.rule import UpdateRule
+from tests import models
+from tests.tables import ARMS as ARMS
+from tests.tables import DATA_POINTS as DATA_POINTS
+from tests.tables import Conv1D
 
-DATA_POINTS = 6
-"""Rows that GradMetaNet reads in every arm below."""
-
-_NET = GradMetaNetConfig(width=8)
-_MOMENTUM = dict(nominal="momentum", beta=0.1, width=8, depth=2, data_points=DATA_POINTS)
-_ADAM = dict(nominal="adam", beta=0.5, width=8, depth=2, data_points=DATA_POINTS)
-
-ARMS: dict[str, RuleConfig] = {
-    "momentum": RuleConfig(nominal="momentum", body=None),
-    "adam": RuleConfig(nominal="adam", body=None),
-    "momentum+ds": RuleConfig(**_MOMENTUM),
-    "slots": RuleConfig(**_MOMENTUM, gradmetanet=_NET, memory="slots"),
-    "moments": RuleConfig(**_ADAM, gradmetanet=_NET, memory="moments"),
-    "gated": RuleConfig(**_ADAM, gradmetanet=_NET, memory="moments", gated=True),
-    "scheduled": RuleConfig(**_ADAM, gradmetanet=_NET, memory="slots", scheduled=True),
-}
 LEARNED = [name for name, config in ARMS.items() if config.body is not None]
 """Arms with a learned term."""
 
@@ -112,8 +100,21 @@ class TiedEmbedding(nn.Module):
         return self.last(self.table(tokens).mean(1))
 
 
+class MixedKinds(nn.Module):
+    """Two layers with one weight that lies otherwise in each, and another layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(5, 5), Conv1D(5, 5), nn.Linear(5, 3)
+        self.second.weight = self.first.weight
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return outputs (b, 3)."""
+        return self.last(torch.relu(self.second(torch.relu(self.first(inputs)))))
+
+
 class Attention(nn.Module):
-    """Self-attention, whose output projection is called as a function, and a layer."""
+    """Self-attention, whose weights are used as functions, and a layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,6 +123,18 @@ class Attention(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Return outputs (b, p, 3)."""
         return self.last(self.attention(inputs, inputs, inputs, need_weights=False)[0])
+
+
+class Penalized(nn.Module):
+    """Two layers, the weight of the last of which is used element by element too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return outputs (b, 3)."""
+        return self.last(torch.tanh(self.first(inputs))) + self.last.weight.square().mean()
 
 
 class LooseParameters(nn.Module):
@@ -163,6 +176,12 @@ def _names(*layers: str) -> tuple[str, ...]:
     return tuple(f"{layer}.{role}" for layer in layers for role in ("weight", "bias"))
 
 
+def _all_but(model: nn.Module, *left_out: str) -> tuple[str, ...]:
+    """Return the names of the parameters of a model without some."""
+    assert set(left_out) <= {name for name, _ in model.named_parameters()}
+    return tuple(name for name, _ in model.named_parameters() if name not in left_out)
+
+
 def _vectors() -> Tensor:
     return torch.randn(8, 5)
 
@@ -177,6 +196,14 @@ def _images() -> Tensor:
 
 def _tokens() -> Tensor:
     return torch.randint(0, 9, (8, 3))
+
+
+def _texts() -> Tensor:
+    return torch.randint(0, models.VOCABULARY, (4, models.TOKENS))
+
+
+def _pictures() -> Tensor:
+    return torch.randn(6, 2, 6, 6)
 
 
 MODELS: dict[str, ModelCase] = {
@@ -204,26 +231,83 @@ MODELS: dict[str, ModelCase] = {
         lambda: nn.Sequential(nn.Linear(4, 7), nn.GELU(), nn.Linear(7, 3)), _sequences, _names("0", "2")
     ),
     "layer norm": ModelCase(
-        lambda: nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3)), _vectors, _names("0", "2")
+        lambda: nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3)),
+        _vectors,
+        _names("0", "1", "2"),
     ),
     "batch norm": ModelCase(
-        lambda: nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 3)), _vectors, _names("0", "2")
+        lambda: nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 3)),
+        _vectors,
+        ("0.weight", *_names("1", "2")),  # the bias before the normalization has no gradient
     ),
     "convolution": ModelCase(
-        lambda: nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 3)), _images, _names("3")
+        lambda: nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 3)),
+        _images,
+        _names("0", "3"),
     ),
     "embedding": ModelCase(
-        lambda: nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 3)), _tokens, _names("2")
+        lambda: nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 3)),
+        _tokens,
+        ("0.weight", *_names("2")),
     ),
     "reused": ModelCase(ReusedLayer, _vectors, _names("inner", "last")),
     "tied": ModelCase(TiedLayers, _vectors, ("first.weight", *_names("last"))),
+    "attention": ModelCase(
+        Attention,
+        _sequences,
+        ("attention.in_proj_weight", "attention.in_proj_bias", *_names("attention.out_proj", "last")),
+    ),
+    "mixed kinds": ModelCase(MixedKinds, _vectors, _names("last")),
+    "tied embedding": ModelCase(TiedEmbedding, _tokens, ("table.weight",)),
     "loose": ModelCase(LooseParameters, _vectors, _names("layer")),
+    "bags": ModelCase(
+        lambda: nn.Sequential(nn.EmbeddingBag(9, 4), nn.RMSNorm(4), nn.Linear(4, 3)),
+        _tokens,
+        ("0.weight", "1.weight", *_names("2")),
+    ),
+    "inputs first": ModelCase(lambda: nn.Sequential(Conv1D(7, 5), nn.GELU(), Conv1D(3, 7)), _vectors, _names("0", "2")),
+    "groups": ModelCase(
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 4, 2),
+            nn.GroupNorm(2, 4),
+            nn.Tanh(),
+            nn.Conv2d(4, 4, 2, groups=2),
+            nn.Flatten(),
+            nn.Linear(16, 3),
+        ),
+        _images,
+        _names("0", "1", "3", "5"),
+    ),
+    "instance norm": ModelCase(
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 4, 2), nn.InstanceNorm2d(4, affine=True), nn.Tanh(), nn.Flatten(), nn.Linear(36, 3)
+        ),
+        _images,
+        ("0.weight", *_names("1", "4")),
+    ),
+    "skip connections": ModelCase(models.SkipMLP, _vectors, _all_but(models.SkipMLP())),
+    "language model": ModelCase(
+        models.GPT, _texts, _all_but(models.GPT(), "blocks.0.attention.k.bias", "blocks.1.attention.k.bias")
+    ),
+    "tied language model": ModelCase(
+        lambda: models.GPT(tied=True, blocks=1), _texts, _all_but(models.GPT(True, 1), "blocks.0.attention.k.bias")
+    ),
+    "vision model": ModelCase(
+        lambda: models.ViT(class_token=True),
+        _images,
+        _all_but(models.ViT(True), "token", "positions", "block.attention.k.bias"),
+    ),
+    "residual convolutions": ModelCase(models.ResNet, _pictures, _all_but(models.ResNet(), "conv1.bias")),
+    "upsampling": ModelCase(
+        lambda: models.Upsampling(groups=2),
+        lambda: torch.randn(6, 2, 4, 4),
+        _all_but(models.Upsampling(2), "up.bias", "out.bias"),
+    ),
 }
 """Models that are captured without a warning."""
 
 WARNING_MODELS: dict[str, ModelCase] = {
-    "attention": ModelCase(Attention, _sequences, _names("last")),
-    "tied embedding": ModelCase(TiedEmbedding, _tokens, ()),
+    "penalized": ModelCase(Penalized, _vectors, _names("first")),
 }
 """Models one of whose layers cannot be explained by its factors, which is said once."""
 
@@ -290,3 +374,28 @@ def saved_and_loaded(state: Any) -> Any:
 def optimizer_for(model: nn.Module, arm: str, **options: Any) -> GMNOptimizer:
     """Return an optimizer with the random rule of an arm."""
     return GMNOptimizer(model, weights=make_rule(arm), **options)
+
+
+def random_wiring(seed: int) -> tuple[dict[str, LayerSpec], dict[str, LayerWiring]]:
+    """Return random layers of all kinds that read and write random ones of few neurons."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(high: int) -> int:
+        return int(torch.randint(high, (), generator=generator))
+
+    def names(width: int) -> tuple[int, ...]:
+        start = draw(12)
+        return tuple(start + number for number in range(width)) if draw(2) else tuple(draw(16) for _ in range(width))
+
+    specs, wiring = {}, {}
+    for number in range(2 + draw(5)):
+        inputs, outputs = 1 + draw(4), 1 + draw(4)
+        kind = ("matrix", "matrix", "diagonal", "table")[draw(4)]
+        if kind == "diagonal":
+            specs[str(number)], read = LayerSpec(inputs, inputs, structure=kind), names(inputs)
+            wiring[str(number)] = LayerWiring(read, read)
+        else:
+            specs[str(number)] = LayerSpec(1 if kind == "table" else inputs, outputs, structure=kind)
+            read = None if kind == "table" else names(inputs)
+            wiring[str(number)] = LayerWiring(read, names(outputs))
+    return specs, wiring

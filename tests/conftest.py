@@ -1,6 +1,6 @@
 """Fixtures that several test files share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -51,3 +51,17 @@ def rule(arm: str) -> UpdateRule:
 def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forget the adapters that a test registers."""
     monkeypatch.setattr(adapters, "_ADAPTERS", dict(adapters._ADAPTERS))
+
+
+@pytest.fixture
+def seeded() -> None:
+    """Seed what a test draws."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def double_precision() -> Iterator[None]:
+    """Make new tensors float64."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)

@@ -1,13 +1,13 @@
 """The same results by the slowest obvious methods: loops over elements, and sorting of python lists."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gmn_optim.gradients import DecomposedGradient
-from gmn_optim.neurons import NeuronSpaces
+from gmn_optim.neurons import LayerPorts, LayerSpec, LayerWiring, NeuronSpace, NeuronSpaces
 from gmn_optim.nn import DeepSets, InteractionsAcrossSets, LayerFeatures, ProductLayer, SetPooling
 
 
@@ -49,35 +49,62 @@ def set_pooling(layer: SetPooling, x: Tensor) -> Tensor:
     return torch.stack([inner.own.weight @ row + inner.own.bias + total for row in per_neuron])
 
 
+def seen_inputs(ports: LayerPorts, spaces: NeuronSpaces, output: int) -> range:
+    """Return which of a layer's input neurons an output neuron sees: those of its own of the layer's groups."""
+    inputs, outputs = spaces.widths[ports.input_space], spaces.widths[ports.output_space]
+    for group in range(ports.groups):
+        if output < (group + 1) * outputs // ports.groups:
+            return range(group * inputs // ports.groups, (group + 1) * inputs // ports.groups)
+    raise IndexError(output)
+
+
+def mlp(first: Sequence[nn.Linear], last: nn.Linear, features: Sequence[Tensor]) -> Tensor:
+    """Return an MLP of concatenated features, the parts of its first layer put together."""
+    weight, bias = torch.cat([part.weight for part in first], dim=1), first[0].bias
+    return last.weight @ (weight @ torch.cat(list(features)) + bias).relu() + last.bias
+
+
 def product_layer(
     layer: ProductLayer, h: Tensor, spaces: NeuronSpaces, parameters: Sequence[LayerFeatures] | None = None
 ) -> list[LayerFeatures]:
     """Return both MLPs' outputs, with the concatenations built and the halves of their first layers put together."""
-    of_pair, of_neuron = [layer.from_output.weight, layer.from_input.weight], [layer.from_neuron.weight]
+    of_pair, of_neuron = [layer.from_output, layer.from_input], [layer.from_neuron]
     if parameters is not None:
-        of_pair.append(layer.from_weight.weight)
-        of_neuron.append(layer.from_bias.weight)
-    first_pair, first_neuron = torch.cat(of_pair, dim=1), torch.cat(of_neuron, dim=1)
-
-    def mlp1(features: list[Tensor]) -> Tensor:
-        hidden = (first_pair @ torch.cat(features) + layer.from_output.bias).relu()
-        return layer.to_weight.weight @ hidden + layer.to_weight.bias
-
-    def mlp2(features: list[Tensor]) -> Tensor:
-        hidden = (first_neuron @ torch.cat(features) + layer.from_neuron.bias).relu()
-        return layer.to_bias.weight @ hidden + layer.to_bias.bias
-
+        of_pair, of_neuron = [*of_pair, layer.from_weight], [*of_neuron, layer.from_bias]
     outputs = []
     for index, ports in enumerate(spaces.layers):
         outs, ins = h[spaces.place(ports.output_space)], h[spaces.place(ports.input_space)]
         own = parameters[index] if parameters is not None else None
-        weight = [
-            torch.stack([mlp1([hi, hj] + ([own.weight[i, j]] if own else [])) for j, hj in enumerate(ins)])
-            for i, hi in enumerate(outs)
-        ]
-        bias = [mlp2([hi] + ([own.bias[i]] if own else [])) for i, hi in enumerate(outs)]
+        weight, bias = [], []
+        for i, hi in enumerate(outs):
+            row = []
+            for column, j in enumerate(seen_inputs(ports, spaces, i)):
+                features = [hi, ins[j]] + ([own.weight[i, column]] if own else [])
+                row.append(mlp(of_pair, layer.to_weight, features))
+            weight.append(torch.stack(row))
+            bias.append(mlp(of_neuron, layer.to_bias, [hi] + ([own.bias[i]] if own else [])))
         outputs.append(LayerFeatures(torch.stack(weight), torch.stack(bias)))
     return outputs
+
+
+def product_of_roles(
+    layer: ProductLayer, h: Tensor, spaces: NeuronSpaces, layers: Mapping[str, Sequence[str]]
+) -> Tensor:
+    """Return the features of weights, tables, scales and biases behind one another (size, c), element by element."""
+    rows = []
+    for role in ("weight", "table", "scale", "bias"):
+        for ports in (spaces.layer(name) for name in layers.get(role, ())):
+            outs, ins = h[spaces.place(ports.output_space)], h[spaces.place(ports.input_space)]
+            for _ in range(ports.rows if role == "table" else 1):
+                for i, hi in enumerate(outs):
+                    if role in ("weight", "table"):
+                        pair = [layer.from_output, layer.from_input]
+                        rows += [mlp(pair, layer.to_weight, [hi, ins[j]]) for j in seen_inputs(ports, spaces, i)]
+                    elif role == "scale" and layer.from_scaled is not None:
+                        rows.append(mlp([layer.from_scaled], layer.to_scale, [hi]))
+                    else:
+                        rows.append(mlp([layer.from_neuron], layer.to_bias, [hi]))
+    return torch.stack(rows) if rows else h.new_zeros(0, layer.out_channels)
 
 
 def per_sample_gradients(
@@ -119,11 +146,129 @@ def root_mean_square(values: Sequence[float]) -> float:
 def quantile_rows(layers: Sequence[DecomposedGradient], rows: int) -> list[int]:
     """Return the rows at ``rows`` evenly spaced ranks of the summed squared backprops, by sorting a python list.
 
+    Rows of equal backprops stand in the order of their summed squared activations.
+
     Args:
         layers: Gradients with equally many rows (data points times positions).
         rows: How many rows to choose.
     """
     flat = [gradient.backprops.flatten(0, 1).tolist() for gradient in layers]
-    norms = [sum(value * value for layer in flat for value in layer[row]) for row in range(len(flat[0]))]
-    ranked = sorted(range(len(norms)), key=norms.__getitem__)
+    norms, ties = (
+        [sum(value * value for layer in rows_of for value in layer[row]) for row in range(len(rows_of[0]))]
+        for rows_of in (flat, [gradient.activations.flatten(0, 1).tolist() for gradient in layers])
+    )
+    ranked = sorted(range(len(norms)), key=lambda row: (norms[row], ties[row]))
     return [ranked[math.floor((k + 0.5) * len(norms) / rows)] for k in range(rows)]
+
+
+Port = tuple[str, str]
+"""Name of a layer, and ``input`` or ``output``, or ``scaled`` for a layer that scales each neuron by itself."""
+
+
+def streams(
+    specs: Mapping[str, LayerSpec], wiring: Mapping[str, LayerWiring]
+) -> list[dict[Port, tuple[Hashable, ...]]]:
+    """Return the names at each port of every stream, by merging sets of ports until none share a neuron.
+
+    Streams without a reader or without a writer are left out.
+    """
+    merged: list[dict[Port, tuple[Hashable, ...]]] = []
+    for layer, spec in specs.items():
+        inputs = wiring[layer].inputs or tuple((layer, number) for number in range(spec.inputs))
+        sides = {"input": inputs, "output": wiring[layer].outputs}
+        if spec.structure == "diagonal":
+            sides = {"scaled": wiring[layer].outputs}
+        for side, names in sides.items():
+            merged.append({(layer, side): names})
+    for one in list(merged):
+        touched = [each for each in merged if set(names_in(each)) & set(names_in(one))]
+        while len(touched) > 1:
+            joined = {port: names for each in touched for port, names in each.items()}
+            merged = [each for each in merged if each not in touched] + [joined]
+            touched = [each for each in merged if set(names_in(each)) & set(names_in(joined))]
+    return [each for each in merged if {side for _, side in each} >= {"input", "output"}]
+
+
+def names_in(stream: Mapping[Port, Sequence[Hashable]]) -> list[Hashable]:
+    """Return all names in a stream."""
+    return [name for names in stream.values() for name in names]
+
+
+def is_pair(stream: Mapping[Port, Sequence[Hashable]]) -> bool:
+    """Whether a stream is one reader and the writer of all of its neurons in the same order, each of them once."""
+    plain = {port: tuple(names) for port, names in stream.items() if port[1] != "scaled"}
+    (one, *others), layers = plain.values(), {layer for layer, _ in plain}
+    return others == [one] and len(layers) == 2 and len(one) == len(set(one)) == len(set(names_in(stream)))
+
+
+def neuron_sets(
+    gradients: Mapping[str, DecomposedGradient], spaces: NeuronSpaces, rows: int
+) -> tuple[list[list[list[float]]], list[list[float]]]:
+    """Return factors (r, n, 2) and moments (n, 4) of all neurons as lists; streams lend what a port lacks."""
+    flat = {ports.name: as_rows(gradients[ports.name], ports) for ports in spaces.layers}
+    counts = {name: len(a) for name, (a, _) in flat.items()}
+    chosen = {
+        name: quantile_rows([gradients_of(*flat[other]) for other in flat if counts[other] == counts[name]], rows)
+        for name in flat
+    }
+    owned: list[
+        list[list[float] | None]
+    ] = []  # for each neuron its a's and its g's: the chosen rows, mean, mean square
+    for space in spaces.spaces:
+        for neuron in range(space.width):
+            halves: list[list[float] | None] = []
+            for half, layer in enumerate((space.reader, space.writer)):
+                values = None if layer is None else [row[neuron] for row in flat[layer][half]]
+                halves.append(None if values is None else measured(values, chosen[layer]))
+            owned.append(halves)
+    places = [(space, k) for space in spaces.spaces for k in range(space.width)]
+    filled = []
+    for (space, neuron), halves in zip(places, owned, strict=True):
+        filled.append([lent(space, neuron, half, places, owned, rows) for half in (0, 1)] if None in halves else halves)
+    factors = [[[halves[0][row], halves[1][row]] for halves in filled] for row in range(rows)]
+    return factors, [[*halves[0][rows:], *halves[1][rows:]] for halves in filled]
+
+
+def as_rows(gradient: DecomposedGradient, ports: LayerPorts) -> tuple[list[list[float]], list[list[float]]]:
+    """Return rows of activations and of backprops; the neuron that stands for the rows of a table is always 1."""
+    a, g = (factor.flatten(0, 1).tolist() for factor in gradient)
+    return ([[1.0]] * len(g) if ports.structure == "table" else a), g
+
+
+def gradients_of(a: list[list[float]], g: list[list[float]]) -> DecomposedGradient:
+    """Return rows as factors."""
+    return DecomposedGradient(*(torch.tensor(rows, dtype=torch.float64).unsqueeze(1) for rows in (a, g)))
+
+
+def measured(values: list[float], chosen: Sequence[int]) -> list[float]:
+    """Return the chosen values, and the mean of all and of their squares."""
+    return [
+        *(values[row] for row in chosen),
+        sum(values) / len(values),
+        sum(value * value for value in values) / len(values),
+    ]
+
+
+def lent(
+    space: NeuronSpace,
+    neuron: int,
+    half: int,
+    places: Sequence[tuple[NeuronSpace, int]],
+    owned: Sequence[Sequence[list[float] | None]],
+    rows: int,
+) -> list[float]:
+    """Return a neuron's own factor, or the mean over all that are the same member of its stream, or zeros."""
+
+    def member(place: tuple[NeuronSpace, int]) -> int:
+        return place[1] if place[0].members is None else place[0].members[place[1]]
+
+    own = owned[places.index((space, neuron))][half]
+    if own is not None:
+        return own
+    same = [
+        halves[half]
+        for place, halves in zip(places, owned, strict=True)
+        if space.stream is not None and place[0].stream == space.stream and member(place) == member((space, neuron))
+    ]
+    lenders = [factor for factor in same if factor is not None]
+    return [sum(column) / len(lenders) for column in zip(*lenders, strict=True)] if lenders else [0.0] * (rows + 2)

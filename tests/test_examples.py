@@ -9,6 +9,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SMOKE = {
     "replace_adam.py": ["--smoke", "--out", "{folder}/curves.png"],
+    "custom_layer.py": [],
+    "benchmarks/step_cost.py": ["--smoke", "--rounds", "1"],
+    "benchmarks/long_run.py": ["--smoke"],
     "benchmarks/inner_steps.py": ["--unrolls", "2", "--steps", "2", "--rounds", "1"],
 }
 

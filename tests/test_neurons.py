@@ -1,28 +1,49 @@
-"""Neuron spaces are shared only where that is proven, and their features do not depend on the order of data points."""
+"""Neuron spaces are shared only where that is proven, and ports of a stream lend one another what they lack."""
+
+from collections.abc import Hashable
+from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gmn_optim.capture import GradientCapture
-from gmn_optim.capture.flow import LayerFlow
-from gmn_optim.gradients import DecomposedGradient
-from gmn_optim.neurons import LayerPorts, NeuronSpace, NeuronSpaces, chain_spaces, gather_neurons, infer_spaces
+from gmn_optim.neurons import LayerPorts, LayerSpec, LayerWiring, NeuronSpace, NeuronSpaces, chain_spaces, infer_spaces
 from tests import reference
-
-FIRST = LayerFlow(source=None, reads_model_input=True, is_model_output=False)
-INNER = LayerFlow(source=None, reads_model_input=False, is_model_output=False)
+from tests.cases import random_wiring
 
 
-def after(source: str, last: bool = False) -> LayerFlow:
-    """Return the flow of a layer that reads another one."""
-    return LayerFlow(source=source, reads_model_input=False, is_model_output=last)
+def n(name: str, *numbers: int) -> tuple[str, ...]:
+    """Return names of neurons: ``n("h", 3)`` are the first three called h, ``n("h", 2, 4)`` those from 2 to 4."""
+    return tuple(f"{name}{number}" for number in range(*numbers))
 
 
-WIRINGS = {
-    "chain": (
-        {"a": (4, 3), "b": (3, 5), "c": (5, 2)},
-        {"a": FIRST, "b": after("a"), "c": after("b", last=True)},
+class Case(NamedTuple):
+    """Layers, what is known of them, and the spaces and ports that follow.
+
+    Attributes:
+        specs: The layers' forms.
+        wiring: What is known.
+        spaces: Width, kind, depth, reader, writer and, for ports of a stream, its number and the members.
+        layers: Name, input and output space.
+        streams: Number of members of each stream.
+    """
+
+    specs: dict[str, LayerSpec]
+    wiring: dict[str, LayerWiring]
+    spaces: list[tuple[object, ...]]
+    layers: list[tuple[object, ...]]
+    streams: tuple[int, ...] = ()
+
+
+CASES = {
+    "chain": Case(
+        {"a": LayerSpec(4, 3), "b": LayerSpec(3, 5), "c": LayerSpec(5, 2)},
+        {
+            "a": LayerWiring(n("x", 4), n("g", 3), True),
+            "b": LayerWiring(n("g", 3), n("h", 5)),
+            "c": LayerWiring(n("h", 5), n("y", 2), False, True),
+        },
         [
             (4, "input", 0, "a", None),
             (3, "hidden", 1, "b", "a"),
@@ -31,32 +52,39 @@ WIRINGS = {
         ],
         [("a", 0, 1), ("b", 1, 2), ("c", 2, 3)],
     ),
-    "one layer": (
-        {"": (4, 2)},
-        {"": LayerFlow(None, True, True)},
+    "one layer": Case(
+        {"": LayerSpec(4, 2)},
+        {"": LayerWiring(n("x", 4), n("y", 2), True, True)},
         [(4, "input", 0, "", None), (2, "output", 1, None, "")],
         [("", 0, 1)],
     ),
-    "out of order": (
-        {"last": (3, 2), "first": (4, 3)},
-        {"first": FIRST, "last": after("first", last=True)},
+    "out of order": Case(
+        {"last": LayerSpec(3, 2), "first": LayerSpec(4, 3)},
+        {"first": LayerWiring(n("x", 4), n("h", 3), True), "last": LayerWiring(n("h", 3), n("y", 2), False, True)},
         [(4, "input", 0, "first", None), (3, "hidden", 1, "last", "first"), (2, "output", 2, None, "last")],
         [("first", 0, 1), ("last", 1, 2)],
     ),
-    "branch: two layers read one": (
-        {"a": (4, 3), "b": (3, 2), "c": (3, 5)},
-        {"a": FIRST, "b": after("a", last=True), "c": after("a", last=True)},
+    "two layers read one": Case(
+        {"a": LayerSpec(4, 3), "b": LayerSpec(3, 2), "c": LayerSpec(3, 5)},
+        {
+            "a": LayerWiring(n("x", 4), n("h", 3), True),
+            "b": LayerWiring(n("h", 3), n("y", 2), False, True),
+            "c": LayerWiring(n("h", 3), n("z", 5), False, True),
+        },
         [
             (4, "input", 0, "a", None),
-            (3, "hidden", 1, "c", "a"),
+            (3, "hidden", 1, None, "a", 0),
+            (3, "hidden", 1, "b", None, 0),
             (2, "output", 2, None, "b"),
+            (3, "hidden", 1, "c", None, 0),
             (5, "output", 2, None, "c"),
         ],
-        [("a", 0, 1), ("b", 1, 2), ("c", 1, 3)],
+        [("a", 0, 1), ("b", 2, 3), ("c", 4, 5)],
+        (3,),
     ),
-    "nothing proven of the second": (
-        {"a": (4, 3), "b": (3, 2)},
-        {"a": FIRST, "b": INNER},
+    "nothing proven of the second": Case(
+        {"a": LayerSpec(4, 3), "b": LayerSpec(3, 2)},
+        {"a": LayerWiring(n("x", 4), n("h", 3), True), "b": LayerWiring()},
         [
             (4, "input", 0, "a", None),
             (3, "hidden", 1, None, "a"),
@@ -65,8 +93,8 @@ WIRINGS = {
         ],
         [("a", 0, 1), ("b", 2, 3)],
     ),
-    "no flows at all": (
-        {"a": (4, 3), "b": (3, 2)},
+    "nothing known at all": Case(
+        {"a": LayerSpec(4, 3), "b": LayerSpec(3, 2)},
         {},
         [
             (4, "hidden", 0, "a", None),
@@ -76,9 +104,9 @@ WIRINGS = {
         ],
         [("a", 0, 1), ("b", 2, 3)],
     ),
-    "two layers read the model's input": (
-        {"a": (4, 3), "b": (4, 2)},
-        {"a": FIRST, "b": FIRST},
+    "two layers read the model's input": Case(
+        {"a": LayerSpec(4, 3), "b": LayerSpec(4, 2)},
+        {"a": LayerWiring(n("x", 4), n("g", 3), True), "b": LayerWiring(n("x", 4), n("h", 2), True)},
         [
             (4, "input", 0, "a", None),
             (3, "hidden", 1, None, "a"),
@@ -87,21 +115,21 @@ WIRINGS = {
         ],
         [("a", 0, 1), ("b", 2, 3)],
     ),
-    "an output that is read on": (
-        {"a": (4, 3), "b": (3, 2)},
-        {"a": LayerFlow(None, True, True), "b": after("a")},
+    "an output that is read on": Case(
+        {"a": LayerSpec(4, 3), "b": LayerSpec(3, 2)},
+        {"a": LayerWiring(n("x", 4), n("h", 3), True, True), "b": LayerWiring(n("h", 3), n("y", 2))},
         [(4, "input", 0, "a", None), (3, "hidden", 1, "b", "a"), (2, "hidden", 2, None, "b")],
         [("a", 0, 1), ("b", 1, 2)],
     ),
-    "a source that was not captured": (
-        {"b": (3, 2)},
-        {"b": after("a", last=True)},
+    "a writer that takes no part": Case(
+        {"b": LayerSpec(3, 2)},
+        {"a": LayerWiring(n("x", 4), n("h", 3), True), "b": LayerWiring(n("h", 3), n("y", 2), False, True)},
         [(3, "hidden", 0, "b", None), (2, "output", 1, None, "b")],
         [("b", 0, 1)],
     ),
-    "widths that disagree": (
-        {"a": (4, 3), "b": (6, 2)},
-        {"a": FIRST, "b": after("a", last=True)},
+    "widths that disagree": Case(
+        {"a": LayerSpec(4, 3), "b": LayerSpec(6, 2)},
+        {"a": LayerWiring(n("x", 4), n("h", 3), True), "b": LayerWiring(n("h", 3), n("y", 2), False, True)},
         [
             (4, "input", 0, "a", None),
             (3, "hidden", 1, None, "a"),
@@ -110,30 +138,246 @@ WIRINGS = {
         ],
         [("a", 0, 1), ("b", 2, 3)],
     ),
-    "a circle": (
-        {"a": (3, 3), "b": (3, 3)},
-        {"a": after("b"), "b": after("a")},
-        [(3, "hidden", 0, "a", None), (3, "hidden", 1, "b", "a"), (3, "hidden", 2, None, "b")],
-        [("a", 0, 1), ("b", 1, 2)],
+    "a circle": Case(
+        {"a": LayerSpec(3, 3), "b": LayerSpec(3, 3)},
+        {"a": LayerWiring(n("g", 3), n("h", 3)), "b": LayerWiring(n("h", 3), n("g", 3))},
+        [(3, "hidden", 0, "a", "b"), (3, "hidden", 1, "b", "a")],
+        [("a", 0, 1), ("b", 1, 0)],
     ),
-    "no layers": ({}, {}, [], []),
+    "a layer that reads what it writes": Case(
+        {"a": LayerSpec(3, 3)},
+        {"a": LayerWiring(n("h", 3), n("h", 3))},
+        [(3, "hidden", 0, "a", None, 0), (3, "hidden", 0, None, "a", 0)],
+        [("a", 0, 1)],
+        (3,),
+    ),
+    "a residual sum": Case(
+        {"a": LayerSpec(4, 3), "b": LayerSpec(3, 3), "c": LayerSpec(3, 2)},
+        {
+            "a": LayerWiring(n("x", 4), n("h", 3), True),
+            "b": LayerWiring(n("h", 3), n("h", 3)),
+            "c": LayerWiring(n("h", 3), n("y", 2), False, True),
+        },
+        [
+            (4, "input", 0, "a", None),
+            (3, "hidden", 1, None, "a", 0),
+            (3, "hidden", 1, "b", None, 0),
+            (3, "hidden", 1, None, "b", 0),
+            (3, "hidden", 1, "c", None, 0),
+            (2, "output", 2, None, "c"),
+        ],
+        [("a", 0, 1), ("b", 2, 3), ("c", 4, 5)],
+        (3,),
+    ),
+    "neurons in another order": Case(
+        {"a": LayerSpec(4, 3), "b": LayerSpec(3, 2)},
+        {"a": LayerWiring(n("x", 4), n("h", 3)), "b": LayerWiring(("h2", "h0", "h1"), n("y", 2))},
+        [
+            (4, "hidden", 0, "a", None),
+            (3, "hidden", 1, None, "a", 0),
+            (3, "hidden", 1, "b", None, 0, (2, 0, 1)),
+            (2, "hidden", 2, None, "b"),
+        ],
+        [("a", 0, 1), ("b", 2, 3)],
+        (3,),
+    ),
+    "channels read for each of two positions": Case(
+        {"a": LayerSpec(1, 2), "b": LayerSpec(4, 1)},
+        {"a": LayerWiring(n("x", 1), n("h", 2)), "b": LayerWiring(("h0", "h0", "h1", "h1"), n("y", 1))},
+        [
+            (1, "hidden", 0, "a", None),
+            (2, "hidden", 1, None, "a", 0),
+            (4, "hidden", 1, "b", None, 0, (0, 0, 1, 1)),
+            (1, "hidden", 2, None, "b"),
+        ],
+        [("a", 0, 1), ("b", 2, 3)],
+        (2,),
+    ),
+    "a gate and what it gates": Case(
+        {"a": LayerSpec(1, 4), "b": LayerSpec(2, 1)},
+        {"a": LayerWiring(n("x", 1), n("h", 2) * 2), "b": LayerWiring(n("h", 2), n("y", 1))},
+        [
+            (1, "hidden", 0, "a", None),
+            (4, "hidden", 1, None, "a", 0, (0, 1, 0, 1)),
+            (2, "hidden", 1, "b", None, 0),
+            (1, "hidden", 2, None, "b"),
+        ],
+        [("a", 0, 1), ("b", 2, 3)],
+        (2,),
+    ),
+    "neurons that are all one": Case(
+        {"a": LayerSpec(1, 2), "b": LayerSpec(2, 1)},
+        {"a": LayerWiring(n("x", 1), ("h", "h")), "b": LayerWiring(("h", "h"), n("y", 1))},
+        [
+            (1, "hidden", 0, "a", None),
+            (2, "hidden", 1, None, "a", 0, (0, 0)),
+            (2, "hidden", 1, "b", None, 0, (0, 0)),
+            (1, "hidden", 2, None, "b"),
+        ],
+        [("a", 0, 1), ("b", 2, 3)],
+        (1,),
+    ),
+    "parts of a split": Case(
+        {"a": LayerSpec(1, 3), "b": LayerSpec(2, 1), "c": LayerSpec(1, 1)},
+        {
+            "a": LayerWiring(n("x", 1), n("h", 3)),
+            "b": LayerWiring(("h0", "h1"), n("y", 1)),
+            "c": LayerWiring(("h2",), n("z", 1)),
+        },
+        [
+            (1, "hidden", 0, "a", None),
+            (3, "hidden", 1, None, "a", 0),
+            (2, "hidden", 1, "b", None, 0, (0, 1)),
+            (1, "hidden", 2, None, "b"),
+            (1, "hidden", 1, "c", None, 0, (2,)),
+            (1, "hidden", 2, None, "c"),
+        ],
+        [("a", 0, 1), ("b", 2, 3), ("c", 4, 5)],
+        (3,),
+    ),
+    "two streams": Case(
+        {"a": LayerSpec(2, 2), "b": LayerSpec(2, 2), "c": LayerSpec(2, 2)},
+        {
+            "a": LayerWiring(n("g", 2), n("h", 2)),
+            "b": LayerWiring(n("h", 2), n("g", 2)),
+            "c": LayerWiring(n("g", 2), n("h", 2)),
+        },
+        [
+            (2, "hidden", 0, "a", None, 0),
+            (2, "hidden", 1, None, "a", 1),
+            (2, "hidden", 1, "b", None, 1),
+            (2, "hidden", 0, None, "b", 0),
+            (2, "hidden", 0, "c", None, 0),
+            (2, "hidden", 1, None, "c", 1),
+        ],
+        [("a", 0, 1), ("b", 2, 3), ("c", 4, 5)],
+        (2, 2),
+    ),
+    "a stream that the model returns": Case(
+        {"a": LayerSpec(2, 2), "b": LayerSpec(2, 2)},
+        {
+            "a": LayerWiring(n("h", 2), n("h", 2), False, True),
+            "b": LayerWiring(n("h", 2), n("h", 2), False, True),
+        },
+        [
+            (2, "hidden", 0, "a", None, 0),
+            (2, "output", 0, None, "a", 0),
+            (2, "hidden", 0, "b", None, 0),
+            (2, "output", 0, None, "b", 0),
+        ],
+        [("a", 0, 1), ("b", 2, 3)],
+        (2,),
+    ),
+    "the model's input in a stream": Case(
+        {"a": LayerSpec(2, 2)},
+        {"a": LayerWiring(n("x", 2), n("x", 2), True)},
+        [(2, "input", 0, "a", None, 0), (2, "hidden", 0, None, "a", 0)],
+        [("a", 0, 1)],
+        (2,),
+    ),
+    "a table": Case(
+        {"t": LayerSpec(1, 3, structure="table", rows=9), "b": LayerSpec(3, 2)},
+        {"t": LayerWiring(None, n("h", 3), True), "b": LayerWiring(n("h", 3), n("y", 2))},
+        [(1, "hidden", 0, "t", None), (3, "hidden", 1, "b", "t"), (2, "hidden", 2, None, "b")],
+        [("t", 0, 1, 1, "table", 9), ("b", 1, 2)],
+    ),
+    "a normalization between two layers": Case(
+        {"a": LayerSpec(4, 3), "s": LayerSpec(3, 3, structure="diagonal"), "b": LayerSpec(3, 2)},
+        {
+            "a": LayerWiring(n("x", 4), n("h", 3), True),
+            "s": LayerWiring(n("h", 3), n("h", 3)),
+            "b": LayerWiring(n("h", 3), n("y", 2), False, True),
+        },
+        [
+            (4, "input", 0, "a", None),
+            (3, "hidden", 1, "b", "a"),
+            (3, "hidden", 1, "s", "s"),
+            (2, "output", 2, None, "b"),
+        ],
+        [("a", 0, 1), ("s", 2, 2, 1, "diagonal"), ("b", 1, 3)],
+    ),
+    "a normalization whose output is returned": Case(
+        {"a": LayerSpec(4, 3), "s": LayerSpec(3, 3, structure="diagonal")},
+        {
+            "a": LayerWiring(n("x", 4), n("h", 3), True, True),
+            "s": LayerWiring(n("h", 3), n("h", 3), False, True),
+        },
+        [(4, "input", 0, "a", None), (3, "output", 1, None, "a"), (3, "output", 1, "s", "s")],
+        [("a", 0, 1), ("s", 2, 2, 1, "diagonal")],
+    ),
+    "groups": Case(
+        {"a": LayerSpec(4, 2, groups=2)},
+        {"a": LayerWiring(n("x", 4), n("y", 2), True, True)},
+        [(4, "input", 0, "a", None), (2, "output", 1, None, "a")],
+        [("a", 0, 1, 2)],
+    ),
+    "no layers": Case({}, {}, [], []),
 }
 
 
-@pytest.mark.parametrize("wiring", WIRINGS)
-def test_spaces_are_shared_where_it_is_proven_and_only_there(wiring: str) -> None:
-    widths, flows, spaces, layers = WIRINGS[wiring]
-    found = infer_spaces(widths, flows)
-    assert [(s.width, s.kind, s.depth, s.reader, s.writer) for s in found.spaces] == spaces
-    assert found.layers == tuple(LayerPorts(*ports) for ports in layers)
+@pytest.mark.parametrize("name", CASES)
+def test_spaces_are_shared_where_it_is_proven_and_only_there(name: str) -> None:
+    case = CASES[name]
+    found = infer_spaces(case.specs, case.wiring)
+    assert found.spaces == tuple(NeuronSpace(*space) for space in case.spaces)
+    assert found.layers == tuple(LayerPorts(*ports) for ports in case.layers)
+    assert found.streams == case.streams
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_neurons_are_called_is_immaterial(name: str) -> None:
+    case = CASES[name]
+
+    def renamed(names: tuple[Hashable, ...] | None) -> tuple[Hashable, ...] | None:
+        return None if names is None else tuple(("another name", each) for each in names)
+
+    others = {
+        layer: known._replace(inputs=renamed(known.inputs), outputs=renamed(known.outputs))
+        for layer, known in case.wiring.items()
+    }
+    assert infer_spaces(case.specs, others) == infer_spaces(case.specs, case.wiring)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_streams_are_the_sets_that_have_a_neuron_in_common_and_readers_and_writers(seed: int) -> None:
+    specs, wiring = random_wiring(seed)
+    found = infer_spaces(specs, wiring)
+    for ports in found.layers:
+        reader, writer = found.spaces[ports.input_space], found.spaces[ports.output_space]
+        assert reader.reader == writer.writer == ports.name
+        assert (reader.width, writer.width) == specs[ports.name][:2]
+    pairs = {(space.reader, space.writer) for space in found.spaces if space.reader != space.writer}
+    lent = {
+        (ports.name, side): found.spaces[space]
+        for ports in found.layers
+        for side, space in (("input", ports.input_space), ("output", ports.output_space))
+        if found.spaces[space].stream is not None
+    }
+    wanted = reference.streams(specs, wiring)
+    lending = [stream for stream in wanted if not reference.is_pair(stream)]
+    assert lent.keys() == {port for stream in lending for port in stream if port[1] != "scaled"}
+    assert len(found.streams) == len(lending)
+    for stream in lending:
+        (number,) = {lent[port].stream for port in stream if port in lent}
+        assert found.streams[number] == len(set(reference.names_in(stream)))
+        members = [
+            (name, member)
+            for port in stream
+            if port in lent
+            for name, member in zip(stream[port], lent[port].members or range(lent[port].width), strict=True)
+        ]
+        assert len(set(members)) == len({name for name, _ in members}) == len({member for _, member in members})
+    for stream in (stream for stream in wanted if reference.is_pair(stream)):
+        sides = {side: layer for layer, side in stream}
+        assert (sides["input"], sides["output"]) in pairs
 
 
 def test_a_plain_network_has_the_spaces_of_a_chain() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
     with GradientCapture(model) as capture:
         model(torch.randn(6, 4))
-    found = infer_spaces({"0": (4, 3), "2": (3, 5), "4": (5, 2)}, capture.flows())
-    expected = chain_spaces([4, 3, 5, 2])
+    specs = {"0": LayerSpec(4, 3), "2": LayerSpec(3, 5), "4": LayerSpec(5, 2)}
+    found, expected = infer_spaces(specs, capture.wiring()), chain_spaces([4, 3, 5, 2])
     assert found.widths == expected.widths
     assert [(s.kind, s.depth) for s in found.spaces] == [(s.kind, s.depth) for s in expected.spaces]
 
@@ -143,161 +387,6 @@ def test_spaces_find_places_and_layers_and_can_be_keys() -> None:
     assert [spaces.place(k) for k in range(3)] == [slice(0, 4), slice(4, 7), slice(7, 9)] and spaces.size == 9
     assert spaces.layer("1") == LayerPorts("1", 1, 2)
     assert hash(spaces) == hash(chain_spaces([4, 3, 2])) and spaces == chain_spaces([4, 3, 2])
-    assert spaces != chain_spaces([4, 3, 3])
+    assert spaces != chain_spaces([4, 3, 3]) and spaces != NeuronSpaces(spaces.spaces, spaces.layers, (3,))
     with pytest.raises(KeyError):
         spaces.layer("2")
-
-
-# ---------------------------------------------------------------------- gather_neurons
-
-CHAIN = chain_spaces([4, 3, 2])
-
-
-def draw(points: int, positions: int = 1, spaces: NeuronSpaces = CHAIN, seed: int = 0) -> dict[str, DecomposedGradient]:
-    """Return random factors of every layer."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        ports.name: DecomposedGradient(
-            *(
-                torch.randn(points, positions, spaces.widths[space], dtype=torch.float64, generator=generator)
-                for space in (ports.input_space, ports.output_space)
-            )
-        )
-        for ports in spaces.layers
-    }
-
-
-def mapped(gradients: dict[str, DecomposedGradient], function: object) -> dict[str, DecomposedGradient]:
-    """Apply a function to every factor."""
-    return {name: DecomposedGradient(*map(function, gradient)) for name, gradient in gradients.items()}
-
-
-SHAPES = {"as many": (8, 1), "more": (19, 1), "fewer": (3, 1), "one": (1, 1), "three axes": (5, 4), "odd": (7, 3)}
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_rows_are_the_quantiles_of_the_backprops_that_sorting_a_list_gives(shape: str) -> None:
-    gradients = draw(*SHAPES[shape])
-    rows = reference.quantile_rows(list(gradients.values()), 8)
-    (a0, g0), (a1, g1) = (tuple(f.flatten(0, 1)[rows] for f in gradients[name]) for name in ("0", "1"))
-    factors = gather_neurons(gradients, CHAIN, 8).factors
-    assert factors.shape == (8, 9, 2)
-    assert torch.equal(factors[..., 0], torch.cat([a0, a1, torch.zeros(8, 2, dtype=torch.float64)], dim=1))
-    assert torch.equal(factors[..., 1], torch.cat([torch.zeros(8, 4, dtype=torch.float64), g0, g1], dim=1))
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_moments_are_means_over_all_rows(shape: str) -> None:
-    gradients = draw(*SHAPES[shape])
-    moments = gather_neurons(gradients, CHAIN, 8).moments
-    hidden_a, hidden_g = gradients["1"].activations.flatten(0, 1), gradients["0"].backprops.flatten(0, 1)
-    expected = [hidden_a.mean(0), hidden_a.square().mean(0), hidden_g.mean(0), hidden_g.square().mean(0)]
-    torch.testing.assert_close(moments[4:7], torch.stack(expected, dim=-1), rtol=1e-12, atol=1e-12)
-    assert not moments[:4, 2:].any() and not moments[7:, :2].any()
-    assert moments[:4, :2].all() and moments[7:, 2:].all()
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_the_order_of_data_points_is_immaterial(shape: str) -> None:
-    gradients = draw(*SHAPES[shape])
-    order = torch.randperm(SHAPES[shape][0], generator=torch.Generator().manual_seed(1))
-    found = gather_neurons(mapped(gradients, lambda f: f[order]), CHAIN, 8)
-    expected = gather_neurons(gradients, CHAIN, 8)
-    assert torch.equal(found.factors, expected.factors)
-    torch.testing.assert_close(found.moments, expected.moments, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("silent", [3, 5, 7])
-def test_data_points_without_gradient_may_stand_in_any_order(silent: int) -> None:
-    gradients, order = draw(8), torch.tensor([7, 2, 5, 0, 3, 6, 1, 4])
-    for each in gradients.values():
-        each.backprops[:silent] = 0.0
-    found, expected = (gather_neurons(mapped(gradients, lambda f, o=o: f[o]), CHAIN, 5) for o in (order, range(8)))
-    assert torch.equal(found.factors, expected.factors)
-
-
-def test_positions_are_rows_like_data_points() -> None:
-    gradients = draw(5, 4)
-    as_points = mapped(gradients, lambda f: f.flatten(0, 1).unsqueeze(1))
-    for found, expected in zip(gather_neurons(gradients, CHAIN, 8), gather_neurons(as_points, CHAIN, 8), strict=True):
-        assert torch.equal(found, expected)
-
-
-def test_a_set_given_twice_has_the_same_features() -> None:
-    gradients = draw(8)
-    doubled = mapped(gradients, lambda f: f.repeat(2, 1, 1))
-    for found, expected in zip(gather_neurons(doubled, CHAIN, 8), gather_neurons(gradients, CHAIN, 8), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-
-
-def test_layers_with_different_numbers_of_rows_choose_by_themselves() -> None:
-    gradients = {"0": draw(5, 4)["0"], "1": draw(6, 1)["1"]}
-    factors = gather_neurons(gradients, CHAIN, 8).factors
-    rows = {name: reference.quantile_rows([gradients[name]], 8) for name in gradients}
-    assert torch.equal(factors[:, 4:7, 1], gradients["0"].backprops.flatten(0, 1)[rows["0"]])
-    assert torch.equal(factors[:, 4:7, 0], gradients["1"].activations.flatten(0, 1)[rows["1"]])
-
-
-def test_layers_with_equal_numbers_of_rows_choose_the_same_data_points() -> None:
-    gradients = draw(19)
-    labels = torch.arange(19.0, dtype=torch.float64)[:, None, None]
-    marked = {name: each._replace(activations=labels.expand_as(each.activations)) for name, each in gradients.items()}
-    factors = gather_neurons(marked, CHAIN, 8).factors
-    assert torch.equal(factors[:, 0, 0], factors[:, 4, 0])
-
-
-def test_features_of_permuted_neurons_are_permuted() -> None:
-    gradients, order = draw(11), torch.tensor([2, 0, 1])
-    moved = {
-        "0": gradients["0"]._replace(backprops=gradients["0"].backprops[..., order]),
-        "1": gradients["1"]._replace(activations=gradients["1"].activations[..., order]),
-    }
-    everywhere = torch.cat([torch.arange(4), 4 + order, torch.tensor([7, 8])])
-    found, expected = gather_neurons(moved, CHAIN, 8), gather_neurons(gradients, CHAIN, 8)
-    assert torch.equal(found.factors, expected.factors[:, everywhere])
-    assert torch.equal(found.moments, expected.moments[everywhere])
-
-
-def test_unshared_ports_have_one_factor_each() -> None:
-    spaces = infer_spaces({"a": (4, 3), "b": (3, 2)}, {})
-    factors = gather_neurons(draw(6, spaces=spaces), spaces, 6).factors
-    for number, space in enumerate(spaces.spaces):
-        part = factors[:, spaces.place(number)]
-        assert part[..., 0].any() == (space.reader is not None)
-        assert part[..., 1].any() == (space.writer is not None)
-
-
-def test_a_space_with_two_readers_has_the_activations_of_the_last() -> None:
-    spaces = NeuronSpaces(
-        (
-            NeuronSpace(4, "input", 0, reader="b"),
-            NeuronSpace(3, "hidden", 1, None, "a"),
-            NeuronSpace(2, "hidden", 1, None, "b"),
-        ),
-        (LayerPorts("a", 0, 1), LayerPorts("b", 0, 2)),
-    )
-    gradients = draw(6, spaces=spaces)
-    rows = reference.quantile_rows(list(gradients.values()), 6)
-    found = gather_neurons(gradients, spaces, 6).factors[:, :4, 0]
-    assert torch.equal(found, gradients["b"].activations.flatten(0, 1)[rows])
-
-
-def test_zero_backprops_give_no_nan() -> None:
-    gradients = mapped(draw(6), torch.zeros_like)
-    assert not any(part.any() or part.isnan().any() for part in gather_neurons(gradients, CHAIN, 8))
-
-
-def test_it_maps_over_tasks() -> None:
-    tasks = [draw(6, 2, seed=seed) for seed in range(3)]
-    stacked = {
-        name: tuple(torch.stack(factor) for factor in zip(*(task[name] for task in tasks), strict=True))
-        for name in ("0", "1")
-    }
-
-    def gather(factors: dict[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        gradients = {name: DecomposedGradient(*pair) for name, pair in factors.items()}
-        return tuple(gather_neurons(gradients, CHAIN, 8))
-
-    for k, task in enumerate(tasks):
-        for found, expected in zip(torch.func.vmap(gather)(stacked), gather_neurons(task, CHAIN, 8), strict=True):
-            torch.testing.assert_close(found[k], expected, rtol=1e-12, atol=1e-12)

@@ -1,6 +1,7 @@
 """What a step is: alone the nominal term equals torch, the whole equals meta-training, scale is immaterial."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from gmn_optim import GMNOptimizer
 from gmn_optim.metatrain.unroll import Unroll, UnrollState
-from gmn_optim.rule import RuleConfig, UpdateRule
+from gmn_optim.rule import UpdateRule
 from gmn_optim.tasks.base import AbstractTask, Batch, Parameters
 from tests.cases import (
     ARMS,
@@ -25,48 +26,38 @@ from tests.cases import (
     train,
     without_learned_term,
 )
+from tests.tables import NOMINAL_TERMS
 
 EXACT = {"rtol": 1e-12, "atol": 1e-14}
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
 
-# Untrained rules: with a body of any kind, whose last layer is zero, and without.
-UNTRAINED = {
-    "no body": dict(body=None),
-    "ds": dict(width=8),
-    "slots": dict(width=8, gradmetanet=ARMS["slots"].gradmetanet, data_points=6),
-    "moments": dict(width=8, gradmetanet=ARMS["slots"].gradmetanet, memory="moments", data_points=6),
-    "gated": dict(width=8, gradmetanet=ARMS["slots"].gradmetanet, gated=True),
-    "scheduled": dict(width=8, scheduled=True),
-}
 
-REFERENCES = {
-    "momentum": ("momentum", 0.0, lambda p: torch.optim.SGD(p, lr=0.7 * 0.2 * (1 - 0.9), momentum=0.9)),
-    "adam": ("adam", 0.0, lambda p: torch.optim.Adam(p, lr=0.7 * 0.2)),
-    "adamw": ("adam", 0.03, lambda p: torch.optim.AdamW(p, lr=0.7 * 0.2, weight_decay=0.03)),
-}
-
-
-@pytest.mark.parametrize("options", UNTRAINED.values(), ids=UNTRAINED)
-@pytest.mark.parametrize(("nominal", "decay", "reference"), REFERENCES.values(), ids=REFERENCES)
-def test_an_untrained_rule_equals_torch_step_by_step(make_model, doubles, nominal, decay, reference, options) -> None:
+@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("nominal", NOMINAL_TERMS)
+def test_an_untrained_rule_equals_torch_step_by_step(make_model, doubles, nominal, arm) -> None:
     model, twin = make_model(torch.float64), make_model(torch.float64)
-    rule = UpdateRule(RuleConfig(nominal=nominal, alpha=0.2, **options))
-    ours = GMNOptimizer(model, weights=rule, lr=0.7, weight_decay=decay)
-    theirs = reference(twin.parameters())
+    ours = GMNOptimizer(model, weights=UpdateRule(replace(ARMS[arm], nominal=nominal, alpha=0.2)), lr=0.7)
+    theirs = NOMINAL_TERMS[nominal](twin.parameters(), 0.7 * 0.2)
     for batch in doubles:
         train(model, ours, [batch])
         train(twin, theirs, [batch])
         assert_same(model, twin, **EXACT)
 
 
-@pytest.mark.parametrize(
-    ("nominal", "reference"),
-    [("adam", lambda p, lr: torch.optim.Adam(p, lr=lr)), ("momentum", lambda p, lr: torch.optim.SGD(p, lr / 10, 0.9))],
-)
-def test_without_weights_lr_is_the_ordinary_one(make_model, doubles, nominal, reference) -> None:
+@pytest.mark.parametrize("arm", SOME)
+def test_with_weight_decay_an_untrained_rule_on_adam_equals_adamw(make_model, doubles, arm) -> None:
+    model, twin = make_model(torch.float64), make_model(torch.float64)
+    rule = UpdateRule(replace(ARMS[arm], nominal="adam", alpha=0.2))
+    train(model, GMNOptimizer(model, weights=rule, lr=0.7, weight_decay=0.03), doubles)
+    train(twin, torch.optim.AdamW(twin.parameters(), lr=0.7 * 0.2, weight_decay=0.03), doubles)
+    assert_same(model, twin, **EXACT)
+
+
+@pytest.mark.parametrize("nominal", NOMINAL_TERMS)
+def test_without_weights_lr_is_the_ordinary_one(make_model, doubles, nominal) -> None:
     model, twin = make_model(torch.float64), make_model(torch.float64)
     train(model, GMNOptimizer(model, weights=None, nominal=nominal, lr=0.02), doubles)
-    train(twin, reference(twin.parameters(), 0.02), doubles)
+    train(twin, NOMINAL_TERMS[nominal](twin.parameters(), 0.02), doubles)
     assert_same(model, twin, **EXACT)
 
 

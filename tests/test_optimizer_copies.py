@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from gmn_optim import CaptureWarning
 from tests.cases import (
@@ -15,6 +16,7 @@ from tests.cases import (
     assert_same,
     count_hooks,
     distance,
+    mlp,
     optimizer_for,
     snapshot,
     train,
@@ -97,3 +99,43 @@ def test_generations_of_copies_do_not_gather_hooks(make_model) -> None:
         model, optimizer = copy.deepcopy((model, optimizer))
         hooks.append(count_hooks(model))
     assert hooks[-1] == hooks[0]
+
+
+class Agent(nn.Module):
+    """A network that keeps its optimizers, as agents do; a part of it knows one too."""
+
+    def __init__(self, arm: str, is_closed: bool) -> None:
+        super().__init__()
+        self.network = mlp()
+        self.optimizers = [optimizer_for(self, arm), optimizer_for(self, arm, params=self.network[2].parameters())]
+        self.network.optimizer = self.optimizers[0]
+        if is_closed:
+            self.optimizers[0].close()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return outputs (b, 3)."""
+        return self.network(inputs)
+
+
+@pytest.mark.parametrize("copier", COPIERS.values(), ids=COPIERS)
+@pytest.mark.parametrize("is_closed", [False, True], ids=["open", "closed"])
+@pytest.mark.parametrize("start", ["agent", "network", "optimizer"])
+def test_a_model_that_keeps_its_optimizers_is_copied_with_them(batches, copier, is_closed, start) -> None:
+    torch.manual_seed(0)
+    agent = Agent("slots", is_closed)
+    train(agent, agent.optimizers[1], batches[:3])
+    if start == "agent":
+        copied = copier(agent)
+    else:  # the copy begins at a part and comes upon the agent by way of the optimizer
+        part = copier(agent.network if start == "network" else agent.network.optimizer)
+        copied = (part.optimizer if start == "network" else part)._model
+    before = snapshot(agent)
+    for optimizer in copied.optimizers:
+        train(copied, optimizer, batches[3:6])
+    assert_same(agent, before)
+    for optimizer in agent.optimizers:
+        train(agent, optimizer, batches[3:6])
+    assert_same(copied, agent)
+    assert copied.network.optimizer is copied.optimizers[0] and "__setstate__" not in vars(copied)
+    assert [optimizer.stats().served_share for optimizer in copied.optimizers] == [float(not is_closed), 1.0]
+    assert count_hooks(copied) == count_hooks(agent)

@@ -16,7 +16,16 @@ from gmn_optim.errors import (
     UnknownNameError,
     WeightsError,
 )
-from tests.cases import assert_same, count_hooks, loss_of, make_rule, optimizer_for, snapshot, train
+from tests.cases import (
+    assert_equal_states,
+    assert_same,
+    count_hooks,
+    loss_of,
+    make_rule,
+    optimizer_for,
+    snapshot,
+    train,
+)
 
 NO_MODELS = {
     "generator": lambda model: model.parameters(),
@@ -41,6 +50,7 @@ ODD_PARAMETERS = {
     "complex": lambda: nn.Parameter(torch.zeros(2, 2, dtype=torch.complex64)),
     "sparse": lambda: nn.Parameter(torch.eye(3).to_sparse()),
     "not floating": lambda: nn.Parameter(torch.zeros(2, dtype=torch.int64), requires_grad=False),
+    "has no values": lambda: nn.Parameter(torch.zeros(2, device="meta")),
 }
 
 
@@ -96,6 +106,11 @@ BAD_GROUPS = {
     "half named": (lambda model: [("w", model[0].weight), model[0].bias], "with/without names"),
     "bad lr": (lambda model: [{"params": model[0].parameters(), "lr": -2.0}], "Invalid learning rate: -2.0"),
     "bad decay": (lambda model: [{"params": model[0].parameters(), "weight_decay": -2.0}], "Invalid weight_decay"),
+    "of Adam": (
+        lambda model: [{"params": model.parameters(), "betas": (0.9, 0.99)}],
+        "no option of GMNOptimizer: betas",
+    ),
+    "fused": (lambda model: [{"params": model.parameters(), "fused": True}], "no option of GMNOptimizer: fused"),
 }
 
 
@@ -202,6 +217,27 @@ def test_a_loss_that_is_not_finite_does_not_spoil_later_steps(make_model, double
     train(model, optimizer, doubles[3:])
     train(twin, optimizer_for(twin, arm), doubles)
     assert_same(model, twin)
+
+
+OTHER_OPTIMIZERS = {
+    "Adam": torch.optim.Adam,
+    "AdamW": torch.optim.AdamW,
+    "SGD": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
+    "RMSprop": torch.optim.RMSprop,
+    "Adagrad": torch.optim.Adagrad,
+}
+
+
+@pytest.mark.parametrize("other", OTHER_OPTIMIZERS.values(), ids=OTHER_OPTIMIZERS)
+def test_a_state_of_another_optimizer_is_refused(make_model, batches, other) -> None:
+    model, twin = make_model(), make_model()
+    optimizer, theirs = optimizer_for(model, "moments"), other(twin.parameters())
+    train(model, optimizer, batches[:2])
+    train(twin, theirs, batches[:2])
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(WeightsError, match="made by another optimizer"):
+        optimizer.load_state_dict(theirs.state_dict())
+    assert_equal_states(optimizer.state_dict(), before)
 
 
 @pytest.mark.parametrize("arm_loaded", ["momentum", "slots"])

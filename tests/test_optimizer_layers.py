@@ -15,7 +15,7 @@ from tests.cases import (
     SOME,
     WARNING_MODELS,
     WITH_FACTORS,
-    TiedEmbedding,
+    Attention,
     assert_same,
     loss_of,
     make_case,
@@ -60,10 +60,19 @@ def test_parameters_without_factors_get_exactly_the_nominal_term(case) -> None:
 @pytest.mark.parametrize(
     ("name", "parameter", "words"),
     [
-        ("layer norm", "1.weight", "no adapter serves LayerNorm"),
-        ("batch norm", "1.bias", "no adapter serves BatchNorm1d"),
-        ("convolution", "0.weight", "no adapter serves Conv2d"),
-        ("embedding", "0.weight", "no adapter serves Embedding"),
+        ("layer norm", "1.weight", "its factors explain its gradient"),
+        ("batch norm", "1.bias", "its factors explain its gradient"),
+        ("batch norm", "0.bias", "its gradient is zero up to rounding"),
+        ("language model", "blocks.0.attention.k.bias", "its gradient is zero up to rounding"),
+        ("residual convolutions", "conv1.bias", "its gradient is zero up to rounding"),
+        ("convolution", "0.weight", "its factors explain its gradient"),
+        ("embedding", "0.weight", "its factors explain its gradient"),
+        ("tied embedding", "table.weight", "its factors explain its gradient"),
+        ("upsampling", "up.weight", "its factors explain its gradient"),
+        ("upsampling", "up.bias", "the factors of its layer do not give its gradient"),
+        ("tied", "second.bias", "its layer's weight is shared, parametrized or stored otherwise"),
+        ("mixed kinds", "first.weight", "its layer's weight is shared, parametrized or stored otherwise"),
+        ("vision model", "token", "no adapter serves ViT"),
         ("relu", "0.weight", "its factors explain its gradient"),
     ],
 )
@@ -76,7 +85,7 @@ def test_the_summary_gives_the_reason(name, parameter, words) -> None:
     assert row.shape == tuple(model.get_parameter(parameter).shape) and f"{parameter} " in str(optimizer.summary())
 
 
-@pytest.mark.parametrize(("name", "words"), [("attention", "attention.out_proj"), ("tied embedding", "'last'")])
+@pytest.mark.parametrize(("name", "words"), [("penalized", "'last'")])
 def test_a_layer_that_cannot_be_explained_is_named_once(name, words) -> None:
     case = WARNING_MODELS[name]
     model, batches = make_case(case, 5)
@@ -223,11 +232,11 @@ def test_a_limit_on_rows_is_kept_without_complaint(make_model, batches, arm, row
 
 def test_capture_warnings_can_be_silenced() -> None:
     torch.manual_seed(0)
-    model = TiedEmbedding()
+    model = Attention()
     optimizer = optimizer_for(model, "slots")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CaptureWarning)
-        train(model, optimizer, [torch.randint(0, 9, (8, 3))])
+        train(model, optimizer, [torch.randn(8, 3, 4)])
 
 
 def test_parameters_of_no_model_get_the_nominal_term(make_model, batches) -> None:

@@ -82,7 +82,7 @@ def test_a_weight_that_is_stored_otherwise_gets_the_nominal_term_and_the_summary
     model(torch.randn(8, 4)).square().mean().backward()
     optimizer.step()
     row = optimizer.summary().rows[0]
-    assert row.updated_by == "adam" and "stored otherwise" in row.because
+    assert row.updated_by == "adam" and "parametrized" in row.because
     assert optimizer.summary().rows[1].updated_by != "adam"
 
 

@@ -12,6 +12,7 @@ from gmn_optim import GMNOptimizer
 from tests.cases import (
     MODELS,
     SOME,
+    WITH_FACTORS,
     assert_equal_states,
     assert_same,
     make_case,
@@ -47,15 +48,45 @@ def test_saving_and_loading_continues_bit_by_bit(make_model, batches, arm, dtype
     assert_equal_states(reloaded.state_dict(), optimizer.state_dict())
 
 
-@pytest.mark.parametrize("case", [MODELS[name] for name in MODELS if name != "dropout"])
-def test_every_model_resumes_bit_by_bit(case) -> None:
-    model, batches = make_case(case, 8)
-    optimizer = optimizer_for(model, "slots")
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "dropout"])
+@pytest.mark.parametrize("arm", WITH_FACTORS)
+def test_every_model_resumes_bit_by_bit(arm, name) -> None:
+    model, batches = make_case(MODELS[name], 8)
+    optimizer = optimizer_for(model, arm)
     train(model, optimizer, batches[:4])
-    other, reloaded = resume(model, optimizer, "slots")
+    other, reloaded = resume(model, optimizer, arm)
     train(model, optimizer, batches[4:])
     train(other, reloaded, batches[4:])
     assert_same(other, model)
+    assert_equal_states(reloaded.state_dict(), optimizer.state_dict())
+
+
+@pytest.mark.parametrize("name", ["skip connections", "language model", "residual convolutions", "upsampling"])
+@pytest.mark.parametrize("arm", ["slots", "moments"])
+def test_what_a_stream_lends_is_saved_with_each_of_its_ports(arm, name) -> None:
+    model, batches = make_case(MODELS[name], 4)
+    optimizer = optimizer_for(model, arm)
+    train(model, optimizer, batches)
+    borrowed = [
+        entries[key]
+        for entries in optimizer.state.values()
+        for key in ("memory_lent_activations", "memory_lent_backprops")
+        if key in entries
+    ]
+    assert sum(bool(each.any()) for each in borrowed) > 2
+
+
+@pytest.mark.parametrize("name", ["convolution", "inputs first", "upsampling", "embedding", "tied language model"])
+def test_entries_of_the_state_have_the_size_of_their_parameter(name) -> None:
+    model, batches = make_case(MODELS[name], 2)
+    optimizer = optimizer_for(model, "gated")
+    train(model, optimizer, batches)
+    for parameter, entries in optimizer.state.items():
+        assert entries["nominal_0"].numel() == entries["nominal_1"].numel() == parameter.numel()
+        if "averages" in entries:
+            assert entries["averages"].numel() == 6 * parameter.numel()
+        if parameter.dim() == entries["nominal_0"].dim():
+            assert entries["nominal_0"].shape == parameter.shape
 
 
 class MixedDtypes(nn.Module):

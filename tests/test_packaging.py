@@ -214,7 +214,7 @@ def test_readme_has_one_test_command() -> None:
     """.ci/run runs this line of the README; tests and their tools come from the extra that it names."""
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     commands = [line for line in lines if re.fullmatch(r"pip install .*python -m pytest", line)]
-    assert commands == ['pip install torch==2.13.0 && pip install -e ".[test]" && python -m pytest']
+    assert commands == ['pip install torch==2.13.0 && pip install -e ".[test,integrations]" && python -m pytest']
 
 
 def test_ci_script_is_executable() -> None:

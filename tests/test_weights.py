@@ -15,16 +15,11 @@ from torch import Tensor, nn
 
 from gmn_optim import weights
 from gmn_optim.errors import GMNError, InvalidArgumentError, UnknownNameError, WeightsError
-from gmn_optim.nn import GradMetaNetConfig
 from gmn_optim.rule import RuleConfig, UpdateRule
 from gmn_optim.weights import CARD_FORMAT, WeightsCard, list_weights, load_weights, save_weights
+from tests import tables
 
-ARMS = {
-    "momentum": RuleConfig(body=None),
-    "ds": RuleConfig(nominal="adam", gated=True, scheduled=True, width=5, depth=2),
-    "slots": RuleConfig(width=5, gradmetanet=GradMetaNetConfig(width=4)),
-    "moments": RuleConfig(width=5, gradmetanet=GradMetaNetConfig(width=4, reduction="sum"), memory="moments"),
-}
+ARMS = {**tables.ARMS, "ds": RuleConfig(nominal="adam", gated=True, scheduled=True, width=5, depth=2)}
 
 
 def make_rule(arm: str = "slots") -> UpdateRule:

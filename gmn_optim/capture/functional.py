@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gmn_optim.capture.adapters import AbstractLayerAdapter
+from gmn_optim.capture.attention import AttentionAdapter
 from gmn_optim.capture.layers import LayerGroup, find_layers, group_layers
 from gmn_optim.errors import CaptureError
 from gmn_optim.gradients import DecomposedGradient, GradientSet, Recomposition
@@ -23,8 +24,8 @@ class LayerCall(NamedTuple):
     Attributes:
         layer: Name of the layer.
         shape: Shape of its output.
-        owner: Name under which its factors are reported, the first layer with the same weight; None if the weight
-            is shared with a layer of another kind, so that there is no common form.
+        owner: Name under which its factors are reported, the first layer of its kind with the same weight; None if the
+            weight is shared with a layer that reads it in another order.
         parameters: Names of the parameters whose whole gradient the owner's factors give.
     """
 
@@ -97,7 +98,8 @@ def plan_capture(model: nn.Module, forward: Callable[[], object]) -> CapturePlan
 
 def _describe_call(name: str, shape: torch.Size, group: LayerGroup) -> LayerCall:
     """Return one call of a layer, whose weight is the group's."""
-    return LayerCall(name, shape, group.name if group.is_uniform else None, tuple(group.parameters))
+    kinds = {member.name: owner for owner, members in group.kinds().items() for member in members}
+    return LayerCall(name, shape, kinds[name] if group.adds_up else None, tuple(group.parameters))
 
 
 def capture_gradients(
@@ -138,8 +140,9 @@ _Served = dict[str, tuple[nn.Module, AbstractLayerAdapter]]
 
 
 def _find_served(model: nn.Module) -> _Served:
-    """Return layer name to module and adapter, for the layers that hooks would capture."""
-    return {layer.name: (module, layer.adapter) for layer in find_layers(model) if (module := layer.module) is not None}
+    """Return layer name to module and adapter, for the layers that hooks on modules would capture."""
+    layers = [layer for layer in find_layers(model) if not isinstance(layer.adapter, AttentionAdapter)]
+    return {layer.name: (module, layer.adapter) for layer in layers if (module := layer.module) is not None}
 
 
 def _probed(
@@ -184,8 +187,7 @@ def _assemble(
     for call, layer_input, signal in zip(plan.calls, inputs, signals, strict=True):
         module, adapter = served[call.layer]
         if call.owner is not None:
-            gradient = DecomposedGradient(adapter.activations(module, layer_input), adapter.backprops(module, signal))
-            parts.setdefault(call.owner, []).append(gradient)
+            parts.setdefault(call.owner, []).append(adapter.decompose(module, layer_input, signal))
             recompositions.setdefault(call.owner, _recomposition(adapter, module, call.parameters))
     return GradientSet({name: _joined(pieces) for name, pieces in parts.items()}, recompositions)
 

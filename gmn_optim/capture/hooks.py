@@ -1,7 +1,7 @@
 """The eager front end: capture a model's decomposed gradients during ordinary forward and backward passes."""
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gmn_optim.capture.diagnosis import verify_groups
-from gmn_optim.capture.flow import LayerFlow
 from gmn_optim.capture.layers import LayerGroup, ServedLayer, find_layers, group_layers
 from gmn_optim.capture.recorder import Recorder
 from gmn_optim.capture.records import assemble_factors
 from gmn_optim.capture.verification import Verification
-from gmn_optim.capture.watching import InertHook, LayerHook, RootEntryHook, RootExitHook
+from gmn_optim.capture.watching import ContainerEntryHook, ContainerExitHook, InertHook, LayerHook
 from gmn_optim.errors import CaptureError, InvalidArgumentError, ModelExpectedError
 from gmn_optim.gradients import DecomposedGradient, GradientSet
+from gmn_optim.neurons import LayerWiring
 
 
 class GradientCapture:
@@ -52,8 +52,8 @@ class GradientCapture:
         torch.Size([5, 1, 2])
         >>> {name: verdict.explained for name, verdict in capture.verify().items()}
         {'0': True, '2': True}
-        >>> capture.flows()["2"].source
-        '0'
+        >>> capture.wiring()["2"].inputs == capture.wiring()["0"].outputs
+        True
     """
 
     def __init__(
@@ -75,6 +75,7 @@ class GradientCapture:
         self._model: weakref.ref[nn.Module] | None = None
         self._layers: dict[int, ServedLayer] = {}
         self._handles: dict[int | str, RemovableHandle] = {}
+        self._containers: dict[int, tuple[str, str]] = {}
         self._recorder = Recorder(rows, seed)
         # Not the capture but its table of handles: a finalizer must not keep its object alive.
         weakref.finalize(self, _remove_all, self._handles).atexit = False
@@ -96,12 +97,12 @@ class GradientCapture:
     @property
     def layers(self) -> dict[str, nn.Module]:
         """Layer name to module, for every name under which factors are reported."""
-        members = ((name, group.members[0].module) for name, group in self._groups().items())
-        return {name: module for name, module in members if module is not None}
+        kinds = [(name, members[0]) for group in self._groups().values() for name, members in group.kinds().items()]
+        return {name: first.module for name, first in kinds if first.module is not None}
 
     def served_parameters(self) -> dict[str, dict[str, Tensor]]:
         """Return for each layer the parameters whose gradients its factors give, by their name in the layer."""
-        return {name: dict(group.parameters) for name, group in self._groups().items() if group.is_uniform}
+        return {name: dict(group.parameters) for name, group in self._groups().items() if group.adds_up}
 
     def layer_of(self, parameter: Tensor) -> str | None:
         """Return the layer whose factors give the gradient of ``parameter``, or None.
@@ -125,15 +126,15 @@ class GradientCapture:
         for module in model.modules():
             _drop_inert_hooks(module)
         found = {id(layer.module): layer for layer in find_layers(model, self._names)}
+        if self._layers.keys() != found.keys():
+            self._recorder.wiring.trace_again()
         for key in self._layers.keys() - found.keys():
             self._release(key)
         for key, layer in found.items():
             self._hook(key, layer)
         self._layers = {key: self._layers[key] for key in found}
-        if "entry" not in self._handles:
-            entry, leave = RootEntryHook(self._recorder), RootExitHook(self._recorder)
-            self._handles["entry"] = model.register_forward_pre_hook(entry, with_kwargs=True)
-            self._handles["exit"] = model.register_forward_hook(leave, with_kwargs=True, always_call=True)
+        self._recorder.outside.layers = tuple(self._layers.values())
+        self._hook_containers(model)
         self._recorder.is_open = True
 
     def close(self) -> None:
@@ -144,6 +145,11 @@ class GradientCapture:
     def clear(self) -> None:
         """Drop everything that was captured."""
         self._recorder.clear()
+
+    def forget(self) -> None:
+        """Drop everything that was captured, and what was noticed that tells causes: a step is over."""
+        self._recorder.clear()
+        self._recorder.observations.clear()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -158,12 +164,22 @@ class GradientCapture:
         """Return the decomposed gradients of the backward passes since the last :meth:`clear`.
 
         Passes before ``zero_grad()`` do not count. After ``zero_grad(set_to_none=False)`` only :meth:`verify` can
-        tell; call it first.
+        tell; call it first. Layers of different kinds with one weight (an embedding and the last layer) are reported
+        one by one, each with its share of the gradient.
         """
-        groups = {name: group for name, group in self._groups().items() if group.is_uniform}
-        records = {name: self._recorder.store.of(group.weight) for name, group in groups.items()}
-        factors = {name: assemble_factors(found) for name, found in records.items() if found}
-        return GradientSet(factors, {name: partial(_recompose, groups[name]) for name in factors})
+        factors, recompositions = {}, {}
+        for group in self._groups().values():
+            records = self._recorder.store.of(group.weight) if group.adds_up else []
+            for name, (first, *_) in group.kinds().items():
+                if found := [record for record in records if record.kind is first.adapter]:
+                    factors[name] = assemble_factors(found)
+                    recompositions[name] = partial(_recompose, first, group.parameters)
+        return GradientSet(factors, recompositions)
+
+    def kept_factors(self) -> list[Tensor]:
+        """Return every tensor that is kept since the last :meth:`clear`: two for each call of a layer."""
+        records = (self._recorder.store.of(group.weight) for group in self._groups().values())
+        return [factor for of_weight in records for record in of_weight for factor in record.factors]
 
     def verify(self) -> dict[str, Verification]:
         """Return for each layer with a gradient whether its factors explain it, and by which scale.
@@ -175,10 +191,9 @@ class GradientCapture:
         with torch.no_grad():
             return verify_groups(self._groups(), recorder.store, recorder.probes, recorder.observations)
 
-    def flows(self) -> dict[str, LayerFlow]:
-        """Return what the forward passes since the last :meth:`clear` (else the one before) prove about the wiring."""
-        names = self._groups()
-        return {name: flow for name, flow in self._recorder.flow.flows().items() if name in names}
+    def wiring(self) -> dict[str, LayerWiring]:
+        """Return what the forward passes prove of each layer's neurons; the same object until there is news."""
+        return self._recorder.wiring.wiring()
 
     def __enter__(self) -> "GradientCapture":
         """Hook the model again if the capture was closed."""
@@ -201,7 +216,8 @@ class GradientCapture:
 
     def _groups(self) -> dict[str, LayerGroup]:
         """Group the watched layers by the weights that they have now."""
-        return group_layers(self._layers.values())
+        groups = group_layers(self._layers.values())
+        return {name: self._recorder.outside.trim(group) for name, group in groups.items()}
 
     def _hook(self, key: int, layer: ServedLayer) -> None:
         """Hook a layer that is not hooked yet."""
@@ -214,6 +230,20 @@ class GradientCapture:
         hook = LayerHook(self._recorder, layer)
         self._handles[key] = layer.module.register_forward_hook(hook, with_kwargs=True)
 
+    def _hook_containers(self, model: nn.Module) -> None:
+        """Hook the model, and every part of it that holds other modules: a loop may call a part by itself."""
+        containers = {id(module): module for module in model.modules() if module is model or any(module.children())}
+        for key in self._containers.keys() - containers.keys():
+            for name in self._containers.pop(key):
+                self._handles.pop(name).remove()
+        for key, module in containers.items():
+            if f"entry {key}" not in self._handles:
+                entry, leave = ContainerEntryHook(self._recorder), ContainerExitHook(self._recorder)
+                self._containers[key] = (f"entry {key}", f"exit {key}")
+                # of several captures the last to enter a traced pass is the first to leave it
+                self._handles[f"entry {key}"] = module.register_forward_pre_hook(entry, with_kwargs=True, prepend=True)
+                self._handles[f"exit {key}"] = module.register_forward_hook(leave, with_kwargs=True, always_call=True)
+
     def _release(self, key: int) -> None:
         """Remove the hook of one layer, if there is one."""
         handle = self._handles.pop(key, None)
@@ -221,11 +251,10 @@ class GradientCapture:
             handle.remove()
 
 
-def _recompose(group: LayerGroup, gradient: DecomposedGradient) -> dict[str, Tensor]:
-    """Return the gradients that the factors of a group explain."""
-    member = group.members[0]
-    recomposed = member.adapter.recompose(member.module, gradient)
-    return {name: value for name, value in recomposed.items() if name in group.parameters}
+def _recompose(layer: ServedLayer, explained: Collection[str], gradient: DecomposedGradient) -> dict[str, Tensor]:
+    """Return what the factors of layers of one kind give for the explained parameters."""
+    recomposed = layer.adapter.recompose(layer.module, gradient)
+    return {name: value for name, value in recomposed.items() if name in explained}
 
 
 def _drop_inert_hooks(module: nn.Module) -> None:

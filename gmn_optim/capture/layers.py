@@ -60,12 +60,12 @@ class LayerGroup(NamedTuple):
     """All layers with one weight, reported under the name of the first.
 
     Attributes:
-        name: Name of the first member.
+        name: Name of the owner.
         weight: The shared parameter.
-        members: The layers, in the order of ``model.named_modules()``.
+        members: The layers, the owner first, else in the order of ``model.named_modules()``.
         parameters: Parameters whose whole gradient the group's factors give. A bias that belongs to only some of the
             members, or also to another group, is missing here: the sum over all uses is not its gradient.
-        is_uniform: Whether all members are of one kind, so that their factors can be put together.
+        adds_up: Whether all members read the weight in one order, so that what they give can be added.
 
     Example:
         >>> from torch import nn
@@ -80,7 +80,19 @@ class LayerGroup(NamedTuple):
     weight: nn.Parameter
     members: tuple[ServedLayer, ...]
     parameters: dict[str, nn.Parameter]
-    is_uniform: bool
+    adds_up: bool
+
+    @property
+    def owner(self) -> ServedLayer:
+        """The layer whose factors the learned term reads: the first whose gradient is a sum of outer products."""
+        return self.members[0]
+
+    def kinds(self) -> dict[str, tuple[ServedLayer, ...]]:
+        """Return the members of each kind, whose factors can be put together, under the name of the first."""
+        kinds: dict[type[AbstractLayerAdapter], list[ServedLayer]] = {}
+        for member in self.members:
+            kinds.setdefault(type(member.adapter), []).append(member)
+        return {members[0].name: tuple(members) for members in kinds.values()}
 
 
 def find_layers(model: nn.Module, names: Iterable[str] | None = None) -> list[ServedLayer]:
@@ -130,7 +142,8 @@ def group_layers(layers: Iterable[ServedLayer]) -> dict[str, LayerGroup]:
         if weight is not None:
             by_weight.setdefault(id(weight), []).append(layer)
     roles = _roles(by_weight)
-    return {members[0].name: _group(members, roles) for members in by_weight.values()}
+    groups = [_group(sorted(members, key=_is_no_matrix), roles) for members in by_weight.values()]
+    return {group.name: group for group in groups}
 
 
 def _group(members: list[ServedLayer], roles: Mapping[int, int]) -> LayerGroup:
@@ -141,8 +154,23 @@ def _group(members: list[ServedLayer], roles: Mapping[int, int]) -> LayerGroup:
         for name, parameter in first.items()
         if roles[id(parameter)] == 1 and all(member.parameters().get(name) is parameter for member in members)
     }
-    is_uniform = len({type(member.adapter) for member in members}) == 1
-    return LayerGroup(members[0].name, members[0].weight_among(first), tuple(members), common, is_uniform)
+    return LayerGroup(members[0].name, members[0].weight_among(first), tuple(members), common, _adds_up(members))
+
+
+def _is_no_matrix(layer: ServedLayer) -> bool:
+    """Whether the gradient of a layer's weight is no sum of outer products."""
+    return layer.adapter.structure != "matrix"
+
+
+def _adds_up(members: list[ServedLayer]) -> bool:
+    """Whether layers with one weight are of one kind, or all read it as it lies in memory."""
+    if len({type(member.adapter) for member in members}) == 1:
+        return True
+    modules = [(member.adapter, member.module) for member in members if member.module is not None]
+    return all(
+        adapter.structure != "diagonal" and adapter.weight_order(module) is None and adapter.groups(module) == 1
+        for adapter, module in modules
+    )
 
 
 def _roles(by_weight: Mapping[int, list[ServedLayer]]) -> dict[int, int]:

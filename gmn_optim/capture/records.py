@@ -4,8 +4,9 @@ import weakref
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from gmn_optim.capture.adapters import AbstractLayerAdapter
 from gmn_optim.capture.verification import ProbeSums
 from gmn_optim.gradients import DecomposedGradient
 
@@ -15,6 +16,7 @@ class Record(NamedTuple):
 
     Attributes:
         weight: Weak reference to the parameter that was used.
+        kind: The adapter that knows the layer.
         forward: Number of the root forward pass that made the call.
         call: Running number of the call.
         backward: Which backward pass reached it.
@@ -24,6 +26,7 @@ class Record(NamedTuple):
     """
 
     weight: weakref.ref[nn.Parameter]
+    kind: AbstractLayerAdapter
     forward: int
     call: int
     backward: int
@@ -63,32 +66,6 @@ class RecordStore:
         self._records.clear()
 
 
-def thin_factors(factors: DecomposedGradient, rows: int | None) -> DecomposedGradient:
-    """Return at most ``rows`` of the b * p rows, with backprops scaled up so that their sum stays in expectation.
-
-    Whole data points are left out first, at even strides; positions only when not even one data point fits.
-
-    Args:
-        factors: Activations (b, p, i) and backprops (b, p, o).
-        rows: The most rows to keep, at least 1; None for all.
-
-    Example:
-        >>> factors = DecomposedGradient(torch.ones(8, 3, 2), torch.ones(8, 3, 1))
-        >>> thin_factors(factors, 12).activations.shape
-        torch.Size([4, 3, 2])
-        >>> thin_factors(factors, 12).sum_of_backprops()
-        tensor([24.])
-    """
-    data_points, positions = factors.backprops.shape[:2]
-    if rows is None or data_points * positions <= rows:
-        return factors
-    kept_points = max(1, rows // positions)
-    kept_positions = min(positions, rows // kept_points)
-    activations, backprops = (_stride(_stride(part, 0, kept_points), 1, kept_positions) for part in factors)
-    scale = (data_points * positions) / (kept_points * kept_positions)
-    return DecomposedGradient(activations, backprops * scale)
-
-
 def assemble_factors(records: list[Record]) -> DecomposedGradient:
     """Return the factors of several calls as one set.
 
@@ -97,7 +74,7 @@ def assemble_factors(records: list[Record]) -> DecomposedGradient:
     disagree, every row becomes a data point of its own, (R, 1, i) and (R, 1, o).
 
     Args:
-        records: At least one record of one parameter.
+        records: At least one record of one parameter and of one kind of layer.
 
     Example:
         >>> from gmn_optim.capture import GradientCapture
@@ -129,11 +106,3 @@ def _concatenate(parts: list[DecomposedGradient], axis: int) -> DecomposedGradie
     if len(parts) == 1:
         return parts[0]
     return DecomposedGradient(*(torch.cat(factors, axis) for factors in zip(*parts, strict=True)))
-
-
-def _stride(tensor: Tensor, axis: int, kept: int) -> Tensor:
-    """Keep evenly spread entries along an axis."""
-    size = tensor.shape[axis]
-    if kept >= size:
-        return tensor
-    return tensor.index_select(axis, torch.arange(kept, device=tensor.device) * size // kept)

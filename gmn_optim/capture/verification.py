@@ -2,6 +2,7 @@
 
 With ``v`` of random signs (i), the gradient's ``G v`` must be the sum over all rows of ``g (a . v)``, up to one scale:
 loss scaling, clipping, accumulation and averaging multiply the whole gradient, the factors stay as they were captured.
+How a layer kind forms that sum is its adapter's business.
 """
 
 import math
@@ -10,10 +11,10 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from gmn_optim.gradients import DecomposedGradient
+from gmn_optim.capture.adapters import AbstractLayerAdapter
 
 
 class Verification(NamedTuple):
@@ -24,6 +25,8 @@ class Verification(NamedTuple):
         scale: The ratio; 0 if there is nothing to compare.
         residual: Misfit after scaling, relative to the gradient.
         reason: The likely cause when not explained, else empty.
+        vanishing: Parameters of the layer whose gradient is nothing but rounding error: a bias before a normalization,
+            or of the keys of an attention.
 
     Example:
         >>> from gmn_optim.capture import GradientCapture
@@ -32,13 +35,14 @@ class Verification(NamedTuple):
         ...     layer(torch.ones(5, 3)).sum().backward()
         >>> _ = layer.weight.grad.mul_(0.25), layer.bias.grad.mul_(0.25)
         >>> capture.verify()[""]
-        Verification(explained=True, scale=0.25, residual=0.0, reason='')
+        Verification(explained=True, scale=0.25, residual=0.0, reason='', vanishing=())
     """
 
     explained: bool
     scale: float
     residual: float
     reason: str
+    vanishing: tuple[str, ...] = ()
 
 
 FEWEST_NUMBERS = 8
@@ -51,10 +55,12 @@ class Precision(NamedTuple):
     Attributes:
         tolerance: Largest relative misfit.
         noise: Size, relative to a random sum of the same terms, below which a sum is rounding error.
+        floor: Size below which a sum is rounding error whatever its terms: numbers so small lose digits.
     """
 
     tolerance: float
     noise: float
+    floor: float = 0.0
 
 
 @lru_cache
@@ -66,16 +72,17 @@ def precision_of(*dtypes: torch.dtype) -> Precision:
         0.05
     """
     spacing = max(torch.finfo(dtype).eps for dtype in dtypes)
+    floor = max(torch.finfo(dtype).smallest_normal for dtype in dtypes)
     if spacing > 1e-4:
-        return Precision(5e-2, 2e-2)
-    return Precision(1e-3, 1e-5) if spacing > 1e-8 else Precision(1e-9, 1e-14)
+        return Precision(5e-2, 2e-2, floor)
+    return Precision(1e-3, 1e-5, floor) if spacing > 1e-8 else Precision(1e-9, 1e-14, floor)
 
 
 class ProbeSums(NamedTuple):
     """Sums over all rows of one layer call, with how large a random sum of the same terms would be.
 
     Attributes:
-        product: Sum of ``g (a . v)`` (o).
+        product: Sum of ``g (a . v)`` for each row of the gradient matrix and each probe (rows * k).
         total: Sum of ``g`` (o).
         product_size: Scalar that ``product`` is measured against.
         total_size: Scalar that ``total`` is measured against.
@@ -87,6 +94,32 @@ class ProbeSums(NamedTuple):
     product_size: Tensor
     total_size: Tensor
     precision: Precision
+
+
+class CallGradient(NamedTuple):
+    """What one call of a layer leaves at its backward pass, in one dtype.
+
+    Attributes:
+        weight: The parameter that was used.
+        layer_input: What it multiplied.
+        output_gradient: Gradient of what the layer returned.
+        precision: How exact the arithmetic was.
+    """
+
+    weight: Tensor
+    layer_input: Tensor
+    output_gradient: Tensor
+    precision: Precision
+
+
+class Verdict(NamedTuple):
+    """One comparison's part of a :class:`Verification`; ``vanishes`` says that both sides are rounding error."""
+
+    explained: bool
+    scale: float
+    residual: float
+    reason: str = ""
+    vanishes: bool = False
 
 
 class Comparison(NamedTuple):
@@ -127,34 +160,43 @@ class Probes:
         count = min(inputs, -(-FEWEST_NUMBERS // max(1, outputs)))
         return self.vector(inputs * count, dtype, device).view(count, inputs).mT
 
-    def sums(self, factors: DecomposedGradient, precision: Precision) -> ProbeSums:
-        """Return the sums over all rows of ``factors``."""
-        activations, backprops = factors.activations.flatten(0, 1), factors.backprops.flatten(0, 1)
-        along = activations @ self.matrix(
-            activations.shape[1], backprops.shape[1], activations.dtype, activations.device
+    def sums(self, adapter: AbstractLayerAdapter, module: nn.Module, call: CallGradient) -> ProbeSums:
+        """Return the sums over all rows of one call of a layer."""
+        rows, columns = adapter.gradient_matrix(module, call.weight).shape
+        probes = self.matrix(columns, rows, call.output_gradient.dtype, call.output_gradient.device)
+        terms = adapter.probe(module, call.layer_input, call.output_gradient, probes)
+        backprops = adapter.backprops(module, call.output_gradient)
+        return ProbeSums(
+            terms.product.flatten(),
+            backprops.sum((0, 1)),
+            terms.size,
+            torch.linalg.vector_norm(backprops),
+            call.precision,
         )
-        size = torch.linalg.vector_norm(backprops)
-        product_size = torch.linalg.vector_norm(along).mul_(size).div_(max(1, len(along)) ** 0.5)
-        return ProbeSums((along.mT @ backprops).flatten(), backprops.sum(0), product_size, size, precision)
 
 
 def add_sums(parts: Iterable[ProbeSums]) -> ProbeSums:
     """Return the sums over several calls, as imprecise as the worst of them.
 
     Example:
-        >>> factors = DecomposedGradient(torch.ones(5, 1, 3), torch.ones(5, 1, 2))
-        >>> one = Probes(0).sums(factors, precision_of(torch.float32))
+        >>> from gmn_optim.capture.linear import LinearAdapter
+        >>> layer = nn.Linear(3, 2)
+        >>> call = CallGradient(layer.weight, torch.ones(5, 3), torch.ones(5, 2), precision_of(torch.float32))
+        >>> one = Probes(0).sums(LinearAdapter(), layer, call)
         >>> add_sums([one, one]).total
         tensor([10., 10.])
     """
     first, *rest = parts
     for part in rest:
-        tensors = (one + other for one, other in zip(first[:4], part[:4], strict=True))
-        first = ProbeSums(*tensors, Precision(*map(max, first.precision, part.precision)))
+        # layers of two kinds with one weight have outputs of two widths, and no bias whose gradient both explain
+        total = first.total + part.total if first.total.shape == part.total.shape else first.total[:0]
+        sizes = first.product_size + part.product_size, first.total_size + part.total_size
+        precision = Precision(*map(max, first.precision, part.precision))
+        first = ProbeSums(first.product + part.product, total, *sizes, precision)
     return first
 
 
-def compare(comparisons: list[Comparison]) -> list[Verification]:
+def compare(comparisons: list[Comparison]) -> list[Verdict]:
     """Return a verdict on each comparison, with one transfer to the host for all.
 
     The reason stays empty where the two sides plainly differ: the numbers do not tell why.
@@ -165,7 +207,7 @@ def compare(comparisons: list[Comparison]) -> list[Verification]:
     Example:
         >>> ones, exact = torch.ones(3), precision_of(torch.float32)
         >>> compare([Comparison(0.5 * ones, ones, torch.ones(()), exact)])
-        [Verification(explained=True, scale=0.5, residual=0.0, reason='')]
+        [Verdict(explained=True, scale=0.5, residual=0.0, reason='', vanishes=False)]
     """
     measured = _measure(comparisons)
     return [
@@ -201,17 +243,17 @@ def _measure(comparisons: list[Comparison]) -> list[list[float]]:
     return torch.stack([scales, misfits, gradients.norm(dim=1), others.norm(dim=1), sizes], 1).tolist()
 
 
-def _judge(measured: _Measured, precision: Precision) -> Verification:
+def _judge(measured: _Measured, precision: Precision) -> Verdict:
     """Turn the numbers of one comparison into a verdict."""
-    noise = precision.noise * measured.size
+    noise = max(precision.noise * measured.size, precision.floor)
     if not all(map(math.isfinite, measured)):
-        return Verification(False, 0.0, 1.0, "the gradient or the factors are not finite")
+        return Verdict(False, 0.0, 1.0, "the gradient or the factors are not finite")
     if measured.from_factors <= noise:
         # A sum that is zero in exact arithmetic (a bias before a norm) leaves rounding error on both sides.
         explained = measured.gradient <= 10 * noise
-        return Verification(explained, float(explained), float(not explained), "")
+        return Verdict(explained, float(explained), float(not explained), vanishes=explained and measured.gradient > 0)
     if measured.gradient == 0:
-        return Verification(False, 0.0, 1.0, "the gradient was set to zero after the backward pass")
+        return Verdict(False, 0.0, 1.0, "the gradient was set to zero after the backward pass")
     residual = measured.misfit / measured.gradient
     explained = residual <= precision.tolerance or measured.misfit <= abs(measured.scale) * noise
-    return Verification(explained, measured.scale, residual, "")
+    return Verdict(explained, measured.scale, residual)

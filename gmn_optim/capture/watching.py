@@ -32,11 +32,11 @@ class Watcher(Protocol):
 
     enabled: bool
 
-    def begin_forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Note that a root forward pass starts."""
+    def begin_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Note that a forward pass of the model, or of a part of it, starts."""
 
     def end_forward(self, output: Any) -> None:
-        """Note that a root forward pass ended; ``output`` is None when it failed."""
+        """Note that such a forward pass ended; ``output`` is None when it failed."""
 
     def see_call(
         self, layer: ServedLayer, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
@@ -46,8 +46,21 @@ class Watcher(Protocol):
     def see_gradient(self, use: "LayerUse", module: nn.Module, weight: nn.Parameter, gradient: Tensor) -> None:
         """Note that a backward pass reached a layer call."""
 
+    def see_loss(self, weight: nn.Parameter) -> None:
+        """Note that a backward pass reached a use of a weight and could not tell what it left."""
 
-class InertHook:
+
+class _Unscriptable:
+    """Something that ``torch.jit.script`` cannot compile, and says so."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Explain what TorchScript misses first."""
+        if name == "__name__":
+            raise AttributeError("a captured model cannot be scripted: call close() of its optimizer or capture first")
+        raise AttributeError(name)
+
+
+class InertHook(_Unscriptable):
     """What a hook becomes in a copy of the model: it does nothing.
 
     Example:
@@ -58,7 +71,7 @@ class InertHook:
         """Do nothing."""
 
 
-class _ModuleHook:
+class _ModuleHook(_Unscriptable):
     """A hook on a module that knows whom it reports to weakly and is inert in copies of the module."""
 
     def __init__(self, watcher: Watcher) -> None:
@@ -87,18 +100,18 @@ class LayerHook(_ModuleHook):
             watcher.see_call(self._layer, module, args, kwargs, output)
 
 
-class RootEntryHook(_ModuleHook):
-    """The forward pre-hook of the whole model."""
+class ContainerEntryHook(_ModuleHook):
+    """The forward pre-hook of the whole model, and of its parts that hold others."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Report that a forward pass starts."""
         watcher = self.watcher()
         if watcher is not None:
-            watcher.begin_forward(args, kwargs)
+            watcher.begin_forward(module, args, kwargs)
 
 
-class RootExitHook(_ModuleHook):
-    """The forward hook of the whole model; it is called for failed passes also."""
+class ContainerExitHook(_ModuleHook):
+    """The forward hook of the whole model, and of its parts that hold others; called for failed passes also."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Report that the forward pass is over."""

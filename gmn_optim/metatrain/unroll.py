@@ -11,7 +11,8 @@ from gmn_optim.capture.adapters import require_adapter
 from gmn_optim.capture.functional import capture_gradients, plan_capture
 from gmn_optim.capture.hooks import GradientCapture
 from gmn_optim.metatrain.fusion import fuse
-from gmn_optim.neurons import NeuronSpaces, gather_neurons, infer_spaces
+from gmn_optim.neuron_sets import gather_neurons
+from gmn_optim.neurons import NeuronSpaces, infer_spaces
 from gmn_optim.rule.layout import Layout, Segment, build_chunks
 from gmn_optim.rule.update import RuleState, UpdateRule
 from gmn_optim.tasks.base import AbstractTask, Batch, Parameters
@@ -126,22 +127,24 @@ def infer_task_spaces(task: AbstractTask, parameters: Parameters, batch: Batch) 
         # The capture takes a layer's slot for its parameter only if that is an nn.Parameter, not a plain tensor.
         tracked = {name: nn.Parameter(value.detach()) for name, value in parameters.items()}
         task.loss(tracked, batch)
-        flows = capture.flows()
-        widths = {name: require_adapter(layer, name).widths(layer) for name, layer in capture.layers.items()}
-    return infer_spaces(widths, flows) if widths else None
+        specs = {name: require_adapter(layer, name).spec(layer) for name, layer in capture.layers.items()}
+        return infer_spaces(specs, capture.wiring()) if specs else None
 
 
 def lay_out(task: AbstractTask, parameters: Parameters, spaces: NeuronSpaces | None, needs_factors: bool) -> Layout:
     """Return the layout of a task's parameters; those that the rule cannot learn for lack of factors stand apart."""
     owners = {}
     for ports in spaces.layers if spaces else ():
-        for role in ("weight", "bias"):
-            owners[f"{ports.name}.{role}".lstrip(".")] = (ports.name, role)
+        module = task.module.get_submodule(ports.name)
+        adapter = require_adapter(module, ports.name)
+        for parameter, role in adapter.roles().items():
+            order = adapter.weight_order(module) if role == "weight" else None
+            owners[f"{ports.name}.{parameter}".lstrip(".")] = (ports.name, role, order)
     learned, nominal = [], []
     for name, value in parameters.items():
-        layer, role = owners.get(name, (None, "other"))
+        layer, role, order = owners.get(name, (None, "other", None))
         served = layer is not None or not needs_factors
-        (learned if served else nominal).append(Segment(name, tuple(value.shape), layer, role))
+        (learned if served else nominal).append(Segment(name, tuple(value.shape), layer, role, order))
     return Layout((*build_chunks(learned, True), *build_chunks(nominal, False)), spaces)
 
 

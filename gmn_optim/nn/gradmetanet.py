@@ -28,6 +28,7 @@ class GradMetaNetConfig:
         code_channels: Sinusoidal channels of the positional encoding.
         neuron_numbers: Whether fixed input and output neurons carry their own number.
         reduction: ``mean`` or ``sum`` pooling.
+        scale_head: Whether the scales of normalization layers have an MLP of their own; else that of the biases.
 
     Example:
         >>> GradMetaNetConfig(width=8).reduction
@@ -41,6 +42,7 @@ class GradMetaNetConfig:
     code_channels: int = 8
     neuron_numbers: bool = True
     reduction: Reduction = "mean"
+    scale_head: bool = False
 
     def __post_init__(self) -> None:
         sizes = [(self.width, 4_096), (self.out_channels, 4_096), (self.set_layers, 64), (self.neuron_layers, 64, 0)]
@@ -51,6 +53,8 @@ class GradMetaNetConfig:
             )
         if not is_count(self.code_channels, 1_024, 0) or self.code_channels % 2:
             raise InvalidArgumentError(f"code_channels is {self.code_channels}; expected an even number, 0 or more")
+        if type(self.scale_head) is not bool:
+            raise InvalidArgumentError(f"scale_head is {self.scale_head!r}; valid are True and False")
         if self.reduction not in ("mean", "sum"):
             raise InvalidArgumentError(f"reduction is {self.reduction!r}; valid are 'mean' and 'sum'")
 
@@ -103,7 +107,7 @@ class GradMetaNet(nn.Module):
         self.neuron_layers = nn.ModuleList(
             DeepSets(config.width, config.width, config.reduction) for _ in range(config.neuron_layers)
         )
-        self.product = ProductLayer(config.width, config.width, config.out_channels)
+        self.product = ProductLayer(config.width, config.width, config.out_channels, scale_head=config.scale_head)
 
     def forward(self, sets: Tensor, spaces: NeuronSpaces, neurons: Tensor | None = None) -> list[LayerFeatures]:
         """Return features of every layer's parameters.

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from gmn_optim.nn.product import FeatureRun
 from gmn_optim.registry import Registry
 from gmn_optim.rule.features import TIME_SCALES
 
@@ -15,7 +16,7 @@ class AbstractBody(nn.Module, ABC):
     """A map from features of parameters to outputs, zero before any meta-training."""
 
     @abstractmethod
-    def forward(self, parameters: Tensor, time: Tensor, around: Sequence[Tensor]) -> Tensor:
+    def forward(self, parameters: Tensor, time: Tensor, around: Sequence[FeatureRun]) -> Tensor:
         """Return outputs (size, outputs).
 
         Args:
@@ -46,14 +47,15 @@ class PerParameterMLP(AbstractBody):
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
 
-    def forward(self, parameters: Tensor, time: Tensor, around: Sequence[Tensor]) -> Tensor:
+    def forward(self, parameters: Tensor, time: Tensor, around: Sequence[FeatureRun]) -> Tensor:
         """Return outputs (size, outputs)."""
         # biases join the time term and sums are in place: the large tensor is written, not copied
         hidden = nn.functional.linear(parameters, self.from_parameters.weight)
         start = 0
-        for run in around:
-            hidden[start : start + run.shape[0]].add_(run)
-            start += run.shape[0]
+        for features, repeats in around:
+            stop = start + repeats * features.shape[0]
+            hidden[start:stop].unflatten(0, (repeats, -1)).add_(features)
+            start = stop
         hidden = hidden.add_(self.from_time(time) + self.from_parameters.bias).relu_()
         for layer in self.hidden:
             hidden = nn.functional.linear(hidden, layer.weight).add_(layer.bias).relu_()

@@ -1,12 +1,10 @@
 """Features of a parameter that the learned term reads: all scale-free."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from gmn_optim.constants import constant_tensor
-from gmn_optim.rule.layout import Chunk
+from gmn_optim.rule.layout import Chunk, Tile
 
 DECAYS = (0.1, 0.5, 0.9, 0.99, 0.999, 0.9999)
 """Decays of the moving averages of gradients and factors (Gelberg et al. 2025, section 7.2)."""
@@ -18,30 +16,31 @@ TINY = 1e-18
 """Root mean squares below this count as zero; far below any useful gradient, above underflow of squares."""
 
 
-class NormalizedFeatures(NamedTuple):
-    """Per-parameter channels divided by their root mean square over the tensor, and that root mean square.
-
-    Attributes:
-        features: (size, c).
-        scales: (segments, c).
-    """
-
-    features: Tensor
-    scales: Tensor
-
-
 def update_averages(averages: Tensor, values: Tensor) -> Tensor:
     """Return the moving averages (..., 6) one step on, given values (...)."""
     shares = constant_tensor(tuple(1.0 - decay for decay in DECAYS), averages.dtype, averages.device)
     return torch.lerp(averages, values.unsqueeze(-1), shares)
 
 
-def parameter_features(chunk: Chunk, channels: tuple[Tensor, ...]) -> NormalizedFeatures:
-    """Return the channels, each (size) or (size, c), divided by their root mean square over each tensor."""
-    stacked = torch.cat([c if c.dim() == 2 else c.unsqueeze(-1) for c in channels], dim=-1)
-    scales = chunk.mean_per_segment(stacked * stacked).sqrt()
+def channel_scales(chunk: Chunk, channels: tuple[Tensor, ...]) -> Tensor:
+    """Return the root mean square over each tensor (segments, c) of the channels, each (size) or (size, c)."""
+    tiles = chunk.tiles()
+    if len(tiles) == 1:
+        stacked = _stack(channels, tiles[0])
+        return chunk.mean_per_segment(stacked * stacked).sqrt()
+    squares = [_stack(channels, tile).square_().sum(0, keepdim=True) for tile in tiles]
+    return (torch.stack(squares).sum(0) / chunk.size).sqrt()
+
+
+def parameter_features(chunk: Chunk, channels: tuple[Tensor, ...], scales: Tensor, tile: Tile) -> Tensor:
+    """Return the channels of a tile, each divided by its root mean square over each tensor (tile size, c)."""
     inverse = 1.0 / scales.clamp_min(TINY)
-    return NormalizedFeatures(stacked * chunk.per_element(inverse), scales)
+    return _stack(channels, tile) * chunk.per_element(inverse)
+
+
+def _stack(channels: tuple[Tensor, ...], tile: Tile) -> Tensor:
+    """Return a tile's channels behind one another (tile size, c)."""
+    return torch.cat([c[tile.place] if c.dim() == 2 else c[tile.place].unsqueeze(-1) for c in channels], dim=-1)
 
 
 def time_features(step: Tensor) -> Tensor:

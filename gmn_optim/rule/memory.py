@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from gmn_optim.constants import constant, constant_tensor
-from gmn_optim.neurons import LayerPorts, NeuronSets, NeuronSpaces
+from gmn_optim.neuron_sets import NeuronSets
+from gmn_optim.neurons import LayerPorts, NeuronSpaces
 from gmn_optim.registry import Registry
 from gmn_optim.rule.features import DECAYS, TINY, update_averages
 
@@ -39,15 +40,23 @@ class AbstractFactorMemory(ABC):
     ) -> tuple[NeuronFeatures, Tensor]:
         """Return the features at step number ``step`` (1 at the first) and the new memory."""
 
-    def of_layer(self, memory: Tensor, spaces: NeuronSpaces, ports: LayerPorts) -> tuple[Tensor, Tensor]:
-        """Return views of what the memory holds of one layer: its activations, its backprops."""
-        halves = []
-        for half, space in enumerate((ports.input_space, ports.output_space)):
-            place = spaces.place(space)
-            part = memory.narrow(self.neuron_axis, place.start, place.stop - place.start)
-            width = part.shape[self.neuron_axis + 1] // 2
-            halves.append(part.narrow(self.neuron_axis + 1, half * width, width))
-        return halves[0], halves[1]
+    def of_layer(self, memory: Tensor, spaces: NeuronSpaces, ports: LayerPorts) -> dict[str, Tensor]:
+        """Return views of what the memory holds of one layer: its activations and backprops, and what they borrowed."""
+        views = {
+            "memory_of_activations": self._half(memory, spaces.place(ports.input_space), 0),
+            "memory_of_backprops": self._half(memory, spaces.place(ports.output_space), 1),
+        }
+        if spaces.spaces[ports.input_space].writer is None:
+            views["memory_lent_backprops"] = self._half(memory, spaces.place(ports.input_space), 1)
+        if spaces.spaces[ports.output_space].reader is None:
+            views["memory_lent_activations"] = self._half(memory, spaces.place(ports.output_space), 0)
+        return views
+
+    def _half(self, memory: Tensor, place: slice, half: int) -> Tensor:
+        """Return a view of the activations' half (0), or the backprops' (1), of the memory of some neurons."""
+        part = memory.narrow(self.neuron_axis, place.start, place.stop - place.start)
+        width = part.shape[self.neuron_axis + 1] // 2
+        return part.narrow(self.neuron_axis + 1, half * width, width)
 
 
 @factor_memories.register("slots")
@@ -120,6 +129,8 @@ def _inverse_scale(roots: Tensor, spaces: NeuronSpaces) -> Tensor:
 @constant()
 def _space_averaging(spaces: NeuronSpaces, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the matrix (spaces, n) that averages each space, and the number of each neuron's space (n)."""
-    averaging = torch.block_diag(*(torch.full((1, width), 1.0 / width, dtype=dtype) for width in spaces.widths))
+    averaging = torch.block_diag(
+        *(torch.full((1, max(width, 1)), 1.0 / max(width, 1), dtype=dtype)[:, :width] for width in spaces.widths)
+    )
     numbers = torch.repeat_interleave(torch.arange(len(spaces.widths)), torch.tensor(spaces.widths))
     return averaging.to(device), numbers.to(device)

@@ -8,12 +8,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gmn_optim.neurons import NeuronSets
+from gmn_optim.neuron_sets import NeuronSets
 from gmn_optim.nn.gradmetanet import GradMetaNet
+from gmn_optim.nn.product import FeatureRun
 from gmn_optim.rule.body import bodies
 from gmn_optim.rule.config import RuleConfig
-from gmn_optim.rule.features import DECAYS, TIME_SCALES, parameter_features, time_features, update_averages
-from gmn_optim.rule.layout import Chunk, Layout
+from gmn_optim.rule.features import (
+    DECAYS,
+    TIME_SCALES,
+    channel_scales,
+    parameter_features,
+    time_features,
+    update_averages,
+)
+from gmn_optim.rule.layout import ROLES, Chunk, Layout, Tile
 from gmn_optim.rule.memory import factor_memories
 from gmn_optim.rule.nominal import nominal_terms
 from gmn_optim.rule.scalars import SPEED, LogScalar
@@ -162,11 +170,17 @@ class UpdateRule(nn.Module):
             guarded = torch.zeros(len(chunk.segments), dtype=torch.bool, device=nominal.device)
             return ChunkUpdate(nominal, nominal, guarded), ChunkState(step, state.averages, buffers)
         averages = update_averages(state.averages, gradient)
-        normalized = parameter_features(chunk, (parameters, gradient, direction, averages))
-        around = self._around(chunk, layout, embedding)
-        output = self.body(normalized.features, time_features(step), around)
-        learned = self._combine(output, direction) * alpha
-        update = self._guard(chunk, nominal, learned, normalized.scales)
+        channels = (parameters, gradient, direction, averages)
+        scales = channel_scales(chunk, channels)
+        time = time_features(step)
+        outputs = [
+            self.body(
+                parameter_features(chunk, channels, scales, tile), time, self._around(chunk, layout, embedding, tile)
+            )
+            for tile in chunk.tiles()
+        ]
+        learned = self._combine(outputs[0] if len(outputs) == 1 else torch.cat(outputs), direction) * alpha
+        update = self._guard(chunk, nominal, learned, scales)
         return update, ChunkState(step, averages, buffers)
 
     def step_size(self, step: Tensor) -> Tensor:
@@ -179,12 +193,12 @@ class UpdateRule(nn.Module):
         """Return whether the learned term serves this chunk."""
         return chunk.learned and self.config.body is not None
 
-    def _around(self, chunk: Chunk, layout: Layout, embedding: Tensor | None) -> list[Tensor]:
-        """Return what the product layer makes of the neurons on either side of each parameter."""
+    def _around(self, chunk: Chunk, layout: Layout, embedding: Tensor | None, tile: Tile) -> list[FeatureRun]:
+        """Return what the product layer makes of the neurons on either side of each parameter of a tile."""
         if embedding is None or layout.spaces is None:
             return []
-        weights, biases = chunk.layers_in_role("weight"), chunk.layers_in_role("bias")
-        return self.gradmetanet.product.flat(embedding, layout.spaces, weights, biases)
+        layers = {role: chunk.layers_in_role(role) for role in ROLES}
+        return self.gradmetanet.product.flat(embedding, layout.spaces, layers, tile.rows)
 
     def _combine(self, output: Tensor, direction: Tensor) -> Tensor:
         """Return what is added to the nominal direction (size), from the body's output (size, 1 or 2)."""

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from gmn_optim.gradients import DecomposedGradient
-from gmn_optim.neurons import NeuronSpaces, chain_spaces, gather_neurons
+from gmn_optim.neuron_sets import gather_neurons
+from gmn_optim.neurons import NeuronSpaces, chain_spaces
 from gmn_optim.rule import Layout, RuleConfig, Segment, UpdateRule, build_chunks
 from gmn_optim.testing.tolerances import relative_error
 

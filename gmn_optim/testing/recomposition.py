@@ -19,8 +19,8 @@ def assert_recomposes(
     """Assert that the captured factors of ``module`` are its gradients, for sum and mean losses.
 
     Of every served parameter: the sum over rows of ``g a^T``, and what the adapter recomposes, against ``.grad``; and
-    each data point's own gradient against ``vmap(grad)``, unless the module does not map or the input has no axis of
-    data points. A copy of the module is used.
+    each data point's own gradient against ``vmap(grad)``, unless the module does not map, data points depend on one
+    another, or the input has no axis of them. A copy of the module is used.
 
     Args:
         module: A layer, or a model of layers.
@@ -33,10 +33,10 @@ def assert_recomposes(
 
     Example:
         >>> assert_recomposes(nn.Linear(3, 2).double(), torch.randn(5, 4, 3, dtype=torch.float64))
-        >>> assert_recomposes(nn.LayerNorm(3), torch.randn(5, 3))
+        >>> assert_recomposes(nn.PReLU(), torch.randn(5, 3))
         Traceback (most recent call last):
             ...
-        AssertionError: nothing is tested: no adapter serves a parameter of this LayerNorm
+        AssertionError: nothing is tested: no adapter serves a parameter of this PReLU
     """
     arguments = inputs if isinstance(inputs, tuple) else (inputs,)
     faults = []
@@ -50,10 +50,11 @@ def assert_recomposes(
 
 
 class _Pass(NamedTuple):
-    """A module after one backward pass: its arguments, the loss's weights, and what was captured."""
+    """A module after one backward pass: its arguments and output, the loss's weights, and what was captured."""
 
     module: nn.Module
     arguments: tuple[Tensor, ...]
+    output: Tensor
     cotangent: Tensor
     gradients: GradientSet
     layers: dict[str, nn.Module]
@@ -71,7 +72,7 @@ def _captured_pass(module: nn.Module, arguments: tuple[Tensor, ...], reduction: 
         output = module(*arguments)
         cotangent = torch.randn_like(output) / (output.numel() if reduction == "mean" else 1)
         (output * cotangent).sum().backward()
-        return _Pass(module, arguments, cotangent, capture.gradients(), capture.layers, served)
+        return _Pass(module, arguments, output.detach(), cotangent, capture.gradients(), capture.layers, served)
 
 
 def _recomposition_faults(passed: _Pass, tolerance: float | None) -> list[str]:
@@ -112,26 +113,30 @@ def _as_matrices(passed: _Pass, name: str, owner: str, gradient: Tensor) -> dict
     """Return the sum of outer products and the gradient of the weight (o, i); nothing for other parameters."""
     layer = passed.layers[owner]
     adapter = require_adapter(layer, owner)
-    if owner not in passed.gradients or _slot(passed, name, owner) != adapter.parameter_names[0]:
+    is_weight = owner in passed.gradients and _slot(passed, name, owner) == adapter.parameter_names[0]
+    if not is_weight or adapter.structure != "matrix":
         return {}
-    return {"sum of g a^T": (passed.gradients[owner].sum_of_outer_products(), adapter.gradient_matrix(layer, gradient))}
+    summed = passed.gradients[owner].sum_of_outer_products(adapter.groups(layer))
+    return {"sum of g a^T": (summed, adapter.gradient_matrix(layer, gradient))}
 
 
 def _per_sample_gradients(passed: _Pass) -> dict[str, Tensor] | None:
-    """Return each data point's share of the gradients, or None where the module does not map over them."""
+    """Return each data point's share of the gradients, or None where they do not stand by themselves."""
     if any(argument.dim() < 2 for argument in passed.arguments):
         return None
 
-    def share(parameters: dict[str, Tensor], cotangent: Tensor, *one: Tensor) -> Tensor:
-        output = functional_call(passed.module, parameters, tuple(each.unsqueeze(0) for each in one))
-        return (output.squeeze(0) * cotangent).sum()
+    def share(parameters: dict[str, Tensor], cotangent: Tensor, *one: Tensor) -> tuple[Tensor, Tensor]:
+        output = functional_call(passed.module, parameters, tuple(each.unsqueeze(0) for each in one)).squeeze(0)
+        return (output * cotangent).sum(), output
 
     parameters = {name: parameter.detach() for name, parameter in passed.module.named_parameters()}
     in_dims = (None, *[0] * (1 + len(passed.arguments)))
     try:
-        return vmap(grad(share), in_dims)(parameters, passed.cotangent, *passed.arguments)
-    except RuntimeError:  # running statistics, random numbers, or data points that are not on the first axis
+        found, outputs = vmap(grad(share, has_aux=True), in_dims)(parameters, passed.cotangent, *passed.arguments)
+    except (RuntimeError, ValueError):  # running statistics, random numbers, or no data points on the first axis
         return None
+    # statistics of the batch make a data point's output that of another function
+    return found if relative_error(outputs, passed.output) <= tolerance_for(outputs.dtype, None) else None
 
 
 def _misfit(found: Tensor | None, expected: Tensor, tolerance: float) -> str:

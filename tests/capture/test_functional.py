@@ -11,15 +11,10 @@ from torch.nn.utils import parametrize
 from gmn_optim.capture import GradientCapture
 from gmn_optim.capture.functional import CapturePlan, capture_gradients, plan_capture
 from gmn_optim.errors import CaptureError
+from tests.cases import snapshot
 
-
-@pytest.fixture(autouse=True)
-def _double_precision() -> object:
-    """Claims of exactness are made in float64."""
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+# Claims of exactness are made in float64.
+pytestmark = pytest.mark.usefixtures("double_precision", "seeded")
 
 
 def mlp(bias: bool = True, inplace: bool = False) -> nn.Sequential:
@@ -133,16 +128,11 @@ def loss_of(model: nn.Module, x: Tensor) -> Callable[[dict[str, Tensor]], Tensor
     return lambda parameters: functional_call(model, parameters, (x,)).square().mean()
 
 
-def detached(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters of a model without their graph."""
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_two_front_ends_agree(name: str, shape: str) -> None:
     model, x = MODELS[name](), torch.randn(SHAPES[shape])
-    captured = capture_gradients(model, loss_of(model, x), detached(model))
+    captured = capture_gradients(model, loss_of(model, x), snapshot(model))
     with GradientCapture(model) as capture:
         loss = model(x).square().mean()
         loss.backward()
@@ -165,7 +155,7 @@ def test_the_two_front_ends_agree(name: str, shape: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_factors_recompose_to_the_gradients_beside_them(name: str) -> None:
     model, x = MODELS[name](), torch.randn(5, 3)
-    captured = capture_gradients(model, loss_of(model, x), detached(model))
+    captured = capture_gradients(model, loss_of(model, x), snapshot(model))
     for layer in captured.factors:
         for slot, found in captured.factors.mean_gradient(layer).items():
             expected = captured.gradients[f"{layer}.{slot}".lstrip(".")]
@@ -176,7 +166,7 @@ def test_factors_recompose_to_the_gradients_beside_them(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_mapped_over_parameters_it_equals_a_loop(name: str, planned: bool) -> None:
     model, x = MODELS[name](), torch.randn(3, 5, 3)
-    sets = [{key: torch.randn_like(value) for key, value in detached(model).items()} for _ in range(3)]
+    sets = [{key: torch.randn_like(value) for key, value in snapshot(model).items()} for _ in range(3)]
     plan = plan_capture(model, lambda: loss_of(model, x[0])(sets[0])) if planned else None
 
     def capture(parameters: dict[str, Tensor], x: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[str, tuple]]:
@@ -197,7 +187,7 @@ def test_mapped_over_parameters_it_equals_a_loop(name: str, planned: bool) -> No
 @pytest.mark.parametrize("tree", [dict, tuple, list])
 def test_parameters_may_be_any_tree(tree: type) -> None:
     model, x = mlp(), torch.randn(5, 3)
-    named = detached(model)
+    named = snapshot(model)
     given = named if tree is dict else tree(named.values())
 
     def loss(parameters: object) -> Tensor:
@@ -219,7 +209,7 @@ def test_a_loss_that_calls_a_layer_with_other_data_points_has_them_along_the_bat
         return sum(functional_call(model, parameters, (x,)).square().sum() for x in batches[:number])
 
     for number, shape in ((2, (7, 1, 3)), (3, (15, 1, 3))):
-        captured = capture_gradients(model, lambda parameters, n=number: loss(parameters, n), detached(model))
+        captured = capture_gradients(model, lambda parameters, n=number: loss(parameters, n), snapshot(model))
         assert captured.factors[""].activations.shape == shape
         torch.testing.assert_close(captured.factors.mean_gradient("")["weight"], captured.gradients["weight"])
 
@@ -245,9 +235,9 @@ def test_planning_leaves_no_trace() -> None:
 
 def test_capturing_leaves_no_trace_not_even_after_an_error() -> None:
     model, x = mlp(), torch.randn(5, 3)
-    capture_gradients(model, loss_of(model, x), detached(model))
+    capture_gradients(model, loss_of(model, x), snapshot(model))
     with pytest.raises(ZeroDivisionError):
-        capture_gradients(model, lambda parameters: 1 / 0, detached(model))
+        capture_gradients(model, lambda parameters: 1 / 0, snapshot(model))
     assert not any(module._forward_hooks for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -272,11 +262,11 @@ def test_another_forward_pass_than_planned_is_refused(misfit: str) -> None:
     plan = plan_capture(model, lambda: model(x))
     change, message = MISFITS[misfit]
     with pytest.raises(CaptureError, match=f"{message}; plan this forward pass anew"):
-        capture_gradients(model, loss_of(model, x), detached(model), CapturePlan(change(plan.calls)))
+        capture_gradients(model, loss_of(model, x), snapshot(model), CapturePlan(change(plan.calls)))
     assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_probes_have_the_dtype_of_the_parameters() -> None:
     model, x = mlp().float(), torch.randn(5, 3, dtype=torch.float32)
-    captured = capture_gradients(model, loss_of(model, x), detached(model))
+    captured = capture_gradients(model, loss_of(model, x), snapshot(model))
     assert captured.factors["0"].backprops.dtype == captured.factors["0"].activations.dtype == torch.float32

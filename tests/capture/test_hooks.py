@@ -9,14 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from gmn_optim.capture import GradientCapture
 
-
-@pytest.fixture(autouse=True)
-def _double_precision() -> object:
-    """Claims of exactness are made in float64."""
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+# Claims of exactness are made in float64.
+pytestmark = pytest.mark.usefixtures("double_precision", "seeded")
 
 
 def mlp(bias: bool = True, inplace: bool = False) -> nn.Sequential:

@@ -6,6 +6,7 @@ from gmn_optim.errors import InvalidArgumentError, UnknownNameError
 from gmn_optim.metatrain import Horizons, MetaShape, Unroll, estimators
 from gmn_optim.rule import RuleConfig, UpdateRule
 from gmn_optim.tasks.quadratic import QuadraticTask
+from tests.tables import ESTIMATORS
 
 HORIZON, TRUNCATION = 20, 5
 
@@ -49,30 +50,46 @@ def estimates_over_a_horizon(name, replicates, truncation=TRUNCATION, **settings
     return torch.stack(results)
 
 
-def deviation_in_standard_errors(samples, truth):
-    return ((samples.mean(0) - truth) / (samples.std(0) / len(samples) ** 0.5)).abs()
+def is_around(samples, truth, errors):
+    """Whether the mean of the samples is within so many standard errors of the truth, or of rounding."""
+    bound = errors * samples.std(0) / len(samples) ** 0.5 + 1e-9 * truth.abs()
+    return bool(((samples.mean(0) - truth).abs() <= bound).all())
 
 
-def test_pes_is_unbiased_on_a_quadratic():
-    samples = estimates_over_a_horizon("pes", replicates=50, unrolls=256, sigma=1e-3)
-    assert deviation_in_standard_errors(samples, exact_meta_gradient(quadratic_unroll())).max() < 4
+@pytest.fixture(name="samples")
+def fixture_samples(name):
+    return estimates_over_a_horizon(name, ESTIMATORS[name].replicates, **ESTIMATORS[name].settings)
 
 
-def test_truncated_es_is_biased_on_the_same_quadratic():
-    samples = estimates_over_a_horizon("truncated-es", replicates=50, unrolls=256, sigma=1e-3)
-    assert deviation_in_standard_errors(samples, exact_meta_gradient(quadratic_unroll())).max() > 8
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_an_estimator_is_unbiased_for_what_it_sees(name, samples):
+    truncation = None if ESTIMATORS[name].sees_whole_horizon else TRUNCATION
+    assert is_around(samples, exact_meta_gradient(quadratic_unroll(), truncation=truncation), errors=4)
 
 
-def test_truncated_es_is_unbiased_for_its_own_truncations():
-    samples = estimates_over_a_horizon("truncated-es", replicates=50, unrolls=256, sigma=1e-3)
-    truth = exact_meta_gradient(quadratic_unroll(), truncation=TRUNCATION)
-    assert deviation_in_standard_errors(samples, truth).max() < 4
+@pytest.mark.parametrize("name", [name for name, case in ESTIMATORS.items() if not case.sees_whole_horizon])
+def test_an_estimator_that_sees_one_truncation_is_biased_for_the_whole(name, samples):
+    assert not is_around(samples, exact_meta_gradient(quadratic_unroll()), errors=8)
 
 
-@pytest.mark.parametrize("truncation", [TRUNCATION, HORIZON])
-def test_backpropagation_gives_the_gradient_of_each_truncation(truncation):
-    samples = estimates_over_a_horizon("backprop", replicates=1, truncation=truncation, unrolls=2)
-    torch.testing.assert_close(samples[0], exact_meta_gradient(quadratic_unroll(), truncation=truncation))
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_an_estimate_is_finite_repeats_itself_and_leaves_meta_parameters_alone(name):
+    unroll = quadratic_unroll()
+    shape = MetaShape(unroll.meta_parameters())
+    meta = shape.flatten(unroll.meta_parameters())
+    estimator = estimators[name](unroll, shape, unrolls=4, truncation=5, horizons=Horizons(10, 20))
+    before, estimates = meta.clone(), []
+    for _ in range(2):
+        generator = torch.Generator().manual_seed(3)
+        estimates.append(estimator.estimate(meta, estimator.init(generator), generator)[0])
+    assert torch.equal(meta, before) and not estimates[0].gradient.requires_grad
+    assert estimates[0].gradient.shape == meta.shape and estimates[0].gradient.isfinite().all()
+    assert torch.equal(estimates[0].gradient, estimates[1].gradient) and torch.equal(*(e.loss for e in estimates))
+
+
+def test_backpropagation_through_a_whole_horizon_is_exact():
+    samples = estimates_over_a_horizon("backprop", replicates=1, truncation=HORIZON, unrolls=2)
+    torch.testing.assert_close(samples[0], exact_meta_gradient(quadratic_unroll()))
 
 
 def test_emphasis_weighs_late_losses_and_keeps_the_mean_weight():

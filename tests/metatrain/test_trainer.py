@@ -10,6 +10,7 @@ from gmn_optim.metatrain.runs import build_unroll, describe_run, export_run
 from gmn_optim.metatrain.trainer import CHECKPOINT
 from gmn_optim.rule import RuleConfig
 from gmn_optim.weights import load_weights
+from tests.tables import ESTIMATORS
 
 RULE = RuleConfig(width=4, depth=1, alpha=0.02, beta=0.1)
 SETTINGS = {
@@ -35,7 +36,7 @@ def log_without_times(folder):
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
-@pytest.mark.parametrize("estimator", ["pes", "truncated-es", "backprop"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_a_killed_run_continues_bit_for_bit(tmp_path, estimator):
     whole = make_trainer(tmp_path / "whole", estimator).run(progress=False)
     first = make_trainer(tmp_path / "parts", estimator)

@@ -4,29 +4,12 @@ import pytest
 import torch
 from torch import nn
 
+from gmn_optim.capture import adapters
 from gmn_optim.metatrain import Unroll
-from gmn_optim.nn import GradMetaNetConfig
 from gmn_optim.rule import RuleConfig, UpdateRule
 from gmn_optim.tasks.base import AbstractTask
 from gmn_optim.tasks.quadratic import QuadraticTask
-
-ARMS = {
-    "sgdm": RuleConfig(body=None),
-    "adam": RuleConfig(nominal="adam", body=None),
-    "ds": RuleConfig(width=8, depth=2, beta=0.1),
-    "gmn-slots": RuleConfig(width=8, depth=2, beta=0.1, gradmetanet=GradMetaNetConfig(width=4), data_points=5),
-    "gmn-moments": RuleConfig(
-        nominal="adam",
-        width=8,
-        depth=1,
-        beta=0.1,
-        memory="moments",
-        gradmetanet=GradMetaNetConfig(width=4),
-        data_points=5,
-        gated=True,
-        scheduled=True,
-    ),
-}
+from tests.tables import ARMS
 
 
 class TinyTask(AbstractTask):
@@ -96,13 +79,14 @@ def test_one_rule_for_all_equals_copies_of_it(arm):
     torch.testing.assert_close(unroll.run(shared, state, batches)[1], unroll.run(copies, state, batches)[1])
 
 
-def test_parameters_without_factors_stand_apart_under_a_rule_that_needs_them():
-    unroll = Unroll(TinyTask(), random_rule(ARMS["gmn-slots"]))
+def test_parameters_without_factors_stand_apart_under_a_rule_that_needs_them(own_registry):
+    del adapters._ADAPTERS[nn.LayerNorm]
+    unroll = Unroll(TinyTask(), random_rule(ARMS["slots"]))
     learned, nominal = unroll.layout.chunks
     assert [segment.name for segment in learned.segments] == ["0.weight", "3.weight", "0.bias", "3.bias"]
     assert [segment.name for segment in nominal.segments] == ["2.weight", "2.bias"]
     assert learned.learned and not nominal.learned
-    assert all(chunk.learned for chunk in Unroll(TinyTask(), random_rule(ARMS["ds"])).layout.chunks)
+    assert all(chunk.learned for chunk in Unroll(TinyTask(), random_rule(ARMS["momentum+ds"])).layout.chunks)
 
 
 def test_a_training_that_diverges_does_not_stop_the_others():
@@ -114,7 +98,7 @@ def test_a_training_that_diverges_does_not_stop_the_others():
 
 
 def test_flattening_and_back_is_the_identity():
-    unroll = Unroll(TinyTask(), random_rule(ARMS["gmn-slots"]))
+    unroll = Unroll(TinyTask(), random_rule(ARMS["slots"]))
     parameters = unroll.task.init_parameters(torch.Generator().manual_seed(0))
     for name, value in unroll.unflatten(unroll.flatten(parameters)).items():
         assert torch.equal(value, parameters[name])
@@ -123,7 +107,7 @@ def test_flattening_and_back_is_the_identity():
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore:::torch")
 def test_fused_steps_agree_with_plain_ones():
-    rule = random_rule(ARMS["sgdm"])
+    rule = random_rule(ARMS["momentum"])
     plain, fused = Unroll(TinyTask(), rule), Unroll(TinyTask(), rule, compiled=True)
     generator = torch.Generator().manual_seed(0)
     state, meta, batches = plain.start(generator, 2), perturbed(plain, 2), plain.batches(generator, 3, 2)

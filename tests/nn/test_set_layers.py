@@ -6,9 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gmn_optim.neurons import NeuronSpaces, chain_spaces
 from gmn_optim.nn import DeepSets, InteractionsAcrossSets, SetPooling
-from gmn_optim.testing import assert_equivariant
 from tests import reference
 
 LAYERS: dict[str, tuple[type[nn.Module], Callable[..., Tensor], tuple[int, ...]]] = {
@@ -19,9 +17,7 @@ LAYERS: dict[str, tuple[type[nn.Module], Callable[..., Tensor], tuple[int, ...]]
 SIZES = {"usual": (4, 6), "one data point": (1, 6), "one neuron": (4, 1), "one of each": (1, 1)}
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def draw(name: str, reduction: str, dtype: torch.dtype) -> nn.Module:
@@ -39,42 +35,7 @@ def test_a_layer_equals_its_formula_element_by_element(name: str, reduction: str
     torch.testing.assert_close(layer(x), slow(layer, x), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("name", LAYERS)
-def test_a_layer_is_equivariant(name: str, reduction: str, dtype: torch.dtype) -> None:
-    layer = draw(name, reduction, dtype)
-
-    def network(sets: Tensor, spaces: NeuronSpaces, neurons: Tensor | None) -> Tensor:
-        return layer(sets) if name != "deep sets" else layer(sets.sum(0))
-
-    assert_equivariant(network, chain_spaces([3, 5, 1, 4, 2]), in_channels=3, dtype=dtype)
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_a_layer_leaves_its_input_as_it_is(name: str) -> None:
-    x = torch.randn(LAYERS[name][2])
-    before = x.clone()
-    draw(name, "mean", torch.float32)(x)
-    assert torch.equal(x, before)
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_a_layer_has_the_gradient_that_finite_differences_give(name: str) -> None:
-    layer, x = draw(name, "mean", torch.float64), torch.randn(LAYERS[name][2], dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(layer, (x,))
-
-
 @pytest.mark.parametrize("name", ["interactions", "pooling"])
 def test_with_mean_pooling_a_repeated_set_is_the_set(name: str) -> None:
     layer, x = draw(name, "mean", torch.float64), torch.randn(4, 6, 3, dtype=torch.float64)
     torch.testing.assert_close(layer(x.repeat(3, 1, 1))[: layer(x).shape[0]], layer(x))
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_a_layer_maps_over_its_weights(name: str) -> None:
-    layers = [draw(name, "mean", torch.float64) for _ in range(3)]
-    x = torch.randn(LAYERS[name][2], dtype=torch.float64)
-    stacked, _ = torch.func.stack_module_state(layers)
-    found = torch.func.vmap(lambda meta: torch.func.functional_call(layers[0], meta, (x,)))(stacked)
-    torch.testing.assert_close(found, torch.stack([layer(x) for layer in layers]))

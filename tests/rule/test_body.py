@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gmn_optim.nn.product import FeatureRun
 from gmn_optim.rule.body import AbstractBody, bodies
 from gmn_optim.rule.features import TIME_SCALES
 
@@ -18,14 +19,18 @@ def draw(outputs: int = 2, depth: int = 3, head: bool = True) -> AbstractBody:
     return body
 
 
-def inputs(size: int = 11) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Return features of parameters and time, and runs of what GradMetaNet says."""
+def inputs() -> tuple[Tensor, Tensor, list[FeatureRun]]:
+    """Return features of eleven parameters and time, and runs of what GradMetaNet says, one of them said four times."""
     generator = torch.Generator().manual_seed(1)
     parameters, time, around = (
-        torch.randn(shape, dtype=torch.float64, generator=generator)
-        for shape in ((size, 9), (len(TIME_SCALES),), (size, 7))
+        torch.randn(shape, dtype=torch.float64, generator=generator) for shape in ((11, 9), (len(TIME_SCALES),), (5, 7))
     )
-    return parameters, time, [around[:8], around[8:10], around[10:]]
+    return parameters, time, [FeatureRun(around[:2], 4), FeatureRun(around[2:4]), FeatureRun(around[4:])]
+
+
+def written_out(around: list[FeatureRun]) -> Tensor:
+    """Return what GradMetaNet says of each parameter (11, 7)."""
+    return torch.stack([row for run in around for _ in range(run.repeats) for row in run.features])
 
 
 @pytest.mark.parametrize("outputs", [1, 2])
@@ -41,7 +46,7 @@ def test_a_body_is_zero_before_meta_training(name: str, outputs: int) -> None:
 def test_it_equals_the_mlp_on_concatenated_inputs(with_around: bool, depth: int) -> None:
     body = draw(depth=depth)
     parameters, time, around = inputs()
-    own = torch.cat(around) if with_around else torch.zeros(11, 7, dtype=torch.float64)
+    own = written_out(around) if with_around else torch.zeros(11, 7, dtype=torch.float64)
     for element in range(11):
         first = torch.cat([body.from_parameters.weight, body.from_time.weight, torch.eye(7).double()], dim=1)
         hidden = (first @ torch.cat([parameters[element], time, own[element]]) + body.from_parameters.bias).relu()
@@ -75,12 +80,17 @@ def test_each_parameter_stands_by_itself() -> None:
 
 def test_inputs_stay_as_they_are() -> None:
     parameters, time, around = inputs()
-    before = [parameters.clone(), time.clone(), *(run.clone() for run in around)]
+    before = [parameters.clone(), time.clone(), *(run.features.clone() for run in around)]
     draw()(parameters, time, around)
-    assert all(map(torch.equal, [parameters, time, *around], before))
+    assert all(map(torch.equal, [parameters, time, *(run.features for run in around)], before))
 
 
 def test_gradients_are_those_of_finite_differences() -> None:
-    body, (parameters, time, around) = draw(depth=2), inputs(11)
-    leaves = [each.requires_grad_() for each in (parameters, time, *around)]
-    assert torch.autograd.gradcheck(lambda p, t, *runs: body(p, t, runs), leaves, fast_mode=True)
+    body, (parameters, time, around) = draw(depth=2), inputs()
+    leaves = [each.requires_grad_() for each in (parameters, time, *(run.features for run in around))]
+
+    def outputs(parameters: Tensor, time: Tensor, *features: Tensor) -> Tensor:
+        runs = [run._replace(features=each) for run, each in zip(around, features, strict=True)]
+        return body(parameters, time, runs)
+
+    assert torch.autograd.gradcheck(outputs, leaves, fast_mode=True)

@@ -1,13 +1,21 @@
 """Features say nothing about the scale of a problem, and never divide by zero."""
 
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from gmn_optim.rule import Chunk, Segment
-from gmn_optim.rule.features import DECAYS, TIME_SCALES, parameter_features, time_features, update_averages
+from gmn_optim.rule import Chunk, Segment, layout
+from gmn_optim.rule.features import (
+    DECAYS,
+    TIME_SCALES,
+    channel_scales,
+    parameter_features,
+    time_features,
+    update_averages,
+)
 from tests import reference
 
 CHUNK = Chunk((Segment("w", (2, 3)), Segment("b", (2,)), Segment("s", ())), learned=True)
@@ -21,8 +29,21 @@ def channels(scale: float = 1.0, dtype: torch.dtype = torch.float64) -> tuple[Te
     return parameter, gradient, scale * torch.randn(CHUNK.size, 6, generator=generator, dtype=dtype)
 
 
+class Normalized(NamedTuple):
+    """Channels divided by their scales, and the scales."""
+
+    features: Tensor
+    scales: Tensor
+
+
+def normalize(given: tuple[Tensor, ...]) -> Normalized:
+    """Return the features of all elements of the chunk."""
+    (tile,), scales = CHUNK.tiles(), channel_scales(CHUNK, given)
+    return Normalized(parameter_features(CHUNK, given, scales, tile), scales)
+
+
 def test_each_channel_has_root_mean_square_one_over_each_tensor() -> None:
-    normalized = parameter_features(CHUNK, channels())
+    normalized = normalize(channels())
     assert normalized.features.shape == (9, 8) and normalized.scales.shape == (3, 8)
     for piece in normalized.features.split([6, 2, 1]):
         for channel in piece.T.tolist():
@@ -30,36 +51,48 @@ def test_each_channel_has_root_mean_square_one_over_each_tensor() -> None:
 
 
 def test_scales_are_the_root_mean_squares_that_were_divided_out() -> None:
-    normalized, stacked = parameter_features(CHUNK, channels()), torch.cat([c.view(9, -1) for c in channels()], dim=1)
+    normalized, stacked = normalize(channels()), torch.cat([c.view(9, -1) for c in channels()], dim=1)
     for number, piece in enumerate(stacked.split([6, 2, 1])):
         expected = [reference.root_mean_square(channel) for channel in piece.T.tolist()]
         assert normalized.scales[number].tolist() == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("limit", [1, 5, 7])
+def test_tiles_of_one_tensor_have_its_features_and_scales(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    chunk = Chunk((Segment("w", (3, 3), "0", "weight"),), learned=True)
+    (whole,), scales = chunk.tiles(), channel_scales(chunk, channels())
+    features = parameter_features(chunk, channels(), scales, whole)
+    monkeypatch.setattr(layout, "TILE_SIZE", limit)
+    assert len(chunk.tiles()) > 1
+    torch.testing.assert_close(channel_scales(chunk, channels()), scales, rtol=1e-12, atol=0)
+    tiles = torch.cat([parameter_features(chunk, channels(), scales, tile) for tile in chunk.tiles()])
+    assert torch.equal(tiles, features)
+
+
 @pytest.mark.parametrize("scale", [1e-6, 1e6, 1e-12])
 def test_scaled_gradients_have_the_same_features(scale: float) -> None:
-    found, expected = (parameter_features(CHUNK, channels(s)).features for s in (scale, 1.0))
+    found, expected = (normalize(channels(s)).features for s in (scale, 1.0))
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
 def test_scaled_gradients_have_the_same_features_in_float32(scale: float) -> None:
-    found, expected = (parameter_features(CHUNK, channels(s, torch.float32)).features for s in (scale, 1.0))
+    found, expected = (normalize(channels(s, torch.float32)).features for s in (scale, 1.0))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_zero_tensors_have_zero_features(dtype: torch.dtype) -> None:
-    normalized = parameter_features(CHUNK, tuple(map(torch.zeros_like, channels(dtype=dtype))))
+    normalized = normalize(tuple(map(torch.zeros_like, channels(dtype=dtype))))
     assert not normalized.features.any() and not normalized.scales.any()
 
 
 def test_one_zero_tensor_leaves_the_others_alone() -> None:
     given = channels()
-    expected = parameter_features(CHUNK, given)
+    expected = normalize(given)
     for channel in given:
         channel[6:8] = 0.0
-    found = parameter_features(CHUNK, given)
+    found = normalize(given)
     assert not found.features[6:8].any()
     assert torch.equal(found.features[:6], expected.features[:6]) and torch.equal(
         found.features[8:], expected.features[8:]
@@ -68,7 +101,7 @@ def test_one_zero_tensor_leaves_the_others_alone() -> None:
 
 @pytest.mark.parametrize("tiny", [1e-30, 1e-20, 5e-324])
 def test_gradients_that_underflow_give_no_nan(tiny: float) -> None:
-    assert parameter_features(CHUNK, channels(tiny)).features.isfinite().all()
+    assert normalize(channels(tiny)).features.isfinite().all()
 
 
 def test_averages_are_those_of_a_scalar_loop() -> None:

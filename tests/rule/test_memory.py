@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gmn_optim.neurons import NeuronSets, chain_spaces
+from gmn_optim.neuron_sets import NeuronSets
+from gmn_optim.neurons import LayerSpec, LayerWiring, NeuronSpaces, chain_spaces, infer_spaces
 from gmn_optim.rule.features import DECAYS
 from gmn_optim.rule.memory import AbstractFactorMemory, factor_memories
 from gmn_optim.testing import permute_neurons, random_permutations
@@ -139,29 +140,56 @@ def test_a_step_leaves_the_old_state_as_it_was(name: str) -> None:
     assert not state.any()
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_of_layer_gives_views_of_a_layers_own_halves(name: str) -> None:
-    memory = factor_memories[name]()
-    *_, (_, _, state) = run(memory, draw(2))
-    neurons_first = state.movedim(memory.neuron_axis, 0)
-    for ports in SPACES.layers:
-        activations, backprops = memory.of_layer(state, SPACES, ports)
-        for half, (part, space) in enumerate(((activations, ports.input_space), (backprops, ports.output_space))):
-            assert part.shape[memory.neuron_axis] == SPACES.widths[space]
-            of_space = neurons_first[SPACES.place(space)].movedim(0, memory.neuron_axis)
-            both = of_space.unflatten(memory.neuron_axis + 1, (2, -1)).select(memory.neuron_axis + 1, half)
-            assert torch.equal(part.reshape(-1), both.reshape(-1))
-            part.fill_(7.0)  # writing through a view reaches the state
-    assert (state == 7.0).sum() == sum(f.numel() for p in SPACES.layers for f in memory.of_layer(state, SPACES, p))
+RESIDUAL = infer_spaces(
+    {
+        "table": LayerSpec(1, 3, structure="table", rows=7),
+        "norm": LayerSpec(3, 3, structure="diagonal"),
+        "up": LayerSpec(3, 4),
+        "down": LayerSpec(4, 3),
+        "head": LayerSpec(3, 2),
+    },
+    {
+        "table": LayerWiring(None, (0, 1, 2)),
+        "norm": LayerWiring((0, 1, 2), (0, 1, 2)),
+        "up": LayerWiring((0, 1, 2), (3, 4, 5, 6)),
+        "down": LayerWiring((3, 4, 5, 6), (0, 1, 2)),
+        "head": LayerWiring((0, 1, 2), (7, 8), False, True),
+    },
+)
+WIRINGS = {"chain": SPACES, "residual": RESIDUAL}
 
 
+def halves(memory: AbstractFactorMemory, state: Tensor, spaces: NeuronSpaces, space: int, half: int) -> Tensor:
+    """Return a copy of the activations' half (0) or the backprops' half (1) of a space's memory."""
+    of_space = state.movedim(memory.neuron_axis, 0)[spaces.place(space)].movedim(0, memory.neuron_axis)
+    return of_space.unflatten(memory.neuron_axis + 1, (2, -1)).select(memory.neuron_axis + 1, half)
+
+
+@pytest.mark.parametrize("wiring", WIRINGS)
 @pytest.mark.parametrize("name", NAMES)
-def test_layers_that_share_a_space_hold_different_halves_of_it(name: str) -> None:
-    memory = factor_memories[name]()
-    state = memory.init(SPACES, ROWS, torch.zeros(()))
-    first, second = (memory.of_layer(state, SPACES, ports) for ports in SPACES.layers)
-    first[1].fill_(1.0)  # backprops of the hidden space
-    assert not second[0].any()
+def test_of_layer_gives_views_of_a_layers_own_halves_and_of_what_was_lent(name: str, wiring: str) -> None:
+    memory, spaces = factor_memories[name](), WIRINGS[wiring]
+    state = torch.randn_like(memory.init(spaces, ROWS, torch.zeros((), dtype=torch.float64)))
+    for ports in spaces.layers:
+        of_input, of_output = (spaces.spaces[space] for space in (ports.input_space, ports.output_space))
+        wanted = {"memory_of_activations": (ports.input_space, 0), "memory_of_backprops": (ports.output_space, 1)}
+        wanted |= {"memory_lent_backprops": (ports.input_space, 1)} if of_input.writer is None else {}
+        wanted |= {"memory_lent_activations": (ports.output_space, 0)} if of_output.reader is None else {}
+        views = memory.of_layer(state, spaces, ports)
+        assert views.keys() == wanted.keys()
+        for key, place in wanted.items():
+            assert torch.equal(views[key].reshape(-1), halves(memory, state, spaces, *place).reshape(-1))
+
+
+@pytest.mark.parametrize("wiring", WIRINGS)
+@pytest.mark.parametrize("name", NAMES)
+def test_all_of_the_memory_is_in_one_view_and_no_more_than_one(name: str, wiring: str) -> None:
+    memory, spaces = factor_memories[name](), WIRINGS[wiring]
+    state = memory.init(spaces, ROWS, torch.zeros(()))
+    for ports in spaces.layers:
+        for view in memory.of_layer(state, spaces, ports).values():
+            view.add_(1.0)  # writing through a view reaches the state
+    assert torch.equal(state, torch.ones_like(state))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -6,12 +6,9 @@ from torch import Tensor, nn
 
 from gmn_optim.rule.nominal import AbstractNominalTerm, nominal_terms
 from tests import reference
+from tests.tables import NOMINAL_TERMS
 
 GRADIENTS = torch.randn(12, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-TORCH = {
-    "momentum": lambda p: torch.optim.SGD([p], lr=0.05 * (1 - 0.9), momentum=0.9),
-    "adam": lambda p: torch.optim.Adam([p], lr=0.05),
-}
 
 
 def run(term: AbstractNominalTerm, gradients: Tensor, momentum: float | None = None) -> list[Tensor]:
@@ -32,11 +29,12 @@ def make(name: str) -> AbstractNominalTerm:
     return nominal_terms[name]().double().requires_grad_(False)
 
 
-@pytest.mark.parametrize("name", TORCH)
-def test_a_nominal_term_equals_torchs_optimizer_step_by_step(name: str) -> None:
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.5}], ids=["its own momentum", "a given momentum"])
+@pytest.mark.parametrize("name", NOMINAL_TERMS)
+def test_a_nominal_term_equals_torchs_optimizer_step_by_step(name: str, options: dict[str, float]) -> None:
     parameter = nn.Parameter(torch.ones(5, dtype=torch.float64))
-    expected, optimizer = torch.ones(5, dtype=torch.float64), TORCH[name](parameter)
-    for gradient, direction in zip(GRADIENTS, run(make(name), GRADIENTS), strict=True):
+    expected, optimizer = torch.ones(5, dtype=torch.float64), NOMINAL_TERMS[name]([parameter], 0.05, **options)
+    for gradient, direction in zip(GRADIENTS, run(make(name), GRADIENTS, **options), strict=True):
         parameter.grad = gradient.clone()
         optimizer.step()
         expected = expected - 0.05 * direction
@@ -56,29 +54,14 @@ def test_adam_is_the_direction_of_a_scalar_loop(steps: int) -> None:
     assert found.tolist() == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("name", TORCH)
-def test_a_given_momentum_takes_the_place_of_the_meta_learned_one(name: str) -> None:
-    found = run(make(name), GRADIENTS, momentum=0.5)[-1]
-    columns = [GRADIENTS[:, k].tolist() for k in range(5)]
-    expected = {
-        "momentum": [reference.moving_average(column, 0.5) for column in columns],
-        "adam": [reference.adam_direction(column, beta1=0.5) for column in columns],
-    }
-    assert found.tolist() == pytest.approx(expected[name], rel=1e-9)
-
-
-@pytest.mark.parametrize("name", TORCH)
+@pytest.mark.parametrize("name", NOMINAL_TERMS)
 def test_elements_do_not_see_one_another(name: str) -> None:
     together, alone = run(make(name), GRADIENTS)[-1], run(make(name), GRADIENTS[:, :2])[-1]
     assert torch.equal(together[:2], alone)
 
 
-@pytest.mark.parametrize("name", list(nominal_terms))
+@pytest.mark.parametrize("name", NOMINAL_TERMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_zero_gradients_give_a_zero_direction(name: str, dtype: torch.dtype) -> None:
     term = nominal_terms[name]().to(dtype)
     assert not any(direction.any() for direction in run(term, torch.zeros(3, 4, dtype=dtype)))
-
-
-def test_every_registered_term_is_compared_with_torch() -> None:
-    assert set(TORCH) <= set(nominal_terms)

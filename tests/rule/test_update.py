@@ -12,25 +12,21 @@ from torch.func import functional_call, stack_module_state, vmap
 
 from gmn_optim.errors import InvalidArgumentError
 from gmn_optim.gradients import DecomposedGradient
-from gmn_optim.neurons import NeuronSets, NeuronSpaces, chain_spaces, gather_neurons
+from gmn_optim.neuron_sets import NeuronSets, gather_neurons
+from gmn_optim.neurons import LayerSpec, NeuronSpaces, chain_spaces, infer_spaces
 from gmn_optim.nn import GradMetaNetConfig, LayerFeatures
 from gmn_optim.rule import Layout, RuleConfig, Segment, UpdateRule, build_chunks, layout
 from gmn_optim.rule.features import TIME_SCALES
 from gmn_optim.rule.update import ChunkUpdate
 from gmn_optim.testing import assert_untrained_is_nominal, permute_neurons, permute_parameters, random_permutations
+from gmn_optim.weight_order import WeightOrder
+from tests import tables
 
-NET = GradMetaNetConfig(width=6)
-SMALL = {"width": 6, "depth": 2, "data_points": 4, "beta": 0.05}
-ARMS = {
-    "momentum": RuleConfig(body=None),
-    "adam": RuleConfig(nominal="adam", body=None),
-    "momentum+ds": RuleConfig(**SMALL),
-    "slots": RuleConfig(gradmetanet=NET, **SMALL),
-    "moments": RuleConfig(nominal="adam", gradmetanet=NET, memory="moments", **SMALL),
-    "gated": RuleConfig(nominal="adam", gradmetanet=NET, memory="moments", gated=True, **SMALL),
-    "scheduled": RuleConfig(gradmetanet=NET, scheduled=True, gated=True, **SMALL),
-    "no neuron numbers": RuleConfig(gradmetanet=replace(NET, neuron_numbers=False, reduction="sum"), **SMALL),
-}
+# Fewer rows than there are data points, so that rows are chosen.
+ARMS = {name: replace(config, data_points=4) for name, config in tables.ARMS.items()}
+ARMS["no neuron numbers"] = replace(
+    ARMS["slots"], gradmetanet=GradMetaNetConfig(width=6, neuron_numbers=False, reduction="sum")
+)
 LEARNED = [arm for arm, config in ARMS.items() if config.body is not None]
 WIDTHS = [3, 4, 2]
 SPACES = chain_spaces(WIDTHS)
@@ -295,6 +291,60 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, arm: str, limit:
     for found, wanted in zip(run(rule, problem), expected, strict=True):
         assert_same(found.taken, wanted.taken, rtol=1e-9)
         assert found.guarded == wanted.guarded
+
+
+class LargeTensor(NamedTuple):
+    """One parameter and the form of its layer."""
+
+    spec: LayerSpec
+    shape: tuple[int, ...]
+    role: str
+    order: WeightOrder | None = None
+
+
+LARGE = {
+    "weight": LargeTensor(LayerSpec(5, 7), (7, 5), "weight"),
+    "kernel": LargeTensor(LayerSpec(6, 7), (7, 2, 3), "weight"),
+    "grouped": LargeTensor(LayerSpec(6, 8, groups=2), (8, 3), "weight"),
+    "inputs first": LargeTensor(LayerSpec(5, 7), (5, 7), "weight", WeightOrder((5, 7), (1, 0))),
+    "transposed": LargeTensor(LayerSpec(4, 6), (4, 3, 2), "weight", WeightOrder((1, 4, 3, 2), (0, 2, 3, 1))),
+    "transposed and grouped": LargeTensor(
+        LayerSpec(4, 12, groups=2), (4, 3, 2), "weight", WeightOrder((2, 2, 3, 2), (0, 2, 3, 1))
+    ),
+    "table": LargeTensor(LayerSpec(1, 4, structure="table", rows=9), (9, 4), "table"),
+    "scale": LargeTensor(LayerSpec(23, 23, structure="diagonal"), (23,), "scale"),
+    "bias": LargeTensor(LayerSpec(3, 23), (23,), "bias"),
+}
+
+
+def steps_of(rule: UpdateRule, tensor: LargeTensor) -> list[Tensor]:
+    """Return three steps of a tensor that has a chunk of its own."""
+    spaces = infer_spaces({"0": tensor.spec}, {})
+    places = Layout(tuple(build_chunks([Segment("w", tensor.shape, "0", tensor.role, tensor.order)], True)), spaces)
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    parameter, steps = places.chunks[0].flatten({"w": draw(*tensor.shape)}), []
+    state = rule.init_state(places, parameter)
+    for _ in range(3):
+        neurons = NeuronSets(draw(4, spaces.size, 2), draw(spaces.size, 4).square())
+        arguments = (parameter,), (draw(len(parameter)),), state, places
+        (update,), state = rule(*arguments, neurons if rule.config.gradmetanet else None)
+        steps.append(update.step)
+    return steps
+
+
+@pytest.mark.parametrize("limit", [4, 20])
+@pytest.mark.parametrize("kind", LARGE)
+@pytest.mark.parametrize("arm", ["momentum+ds", "slots", "gated"])
+def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch, arm: str, kind: str, limit: int) -> None:
+    rule = make_rule(ARMS[arm])
+    expected = steps_of(rule, LARGE[kind])
+    monkeypatch.setattr(layout, "TILE_SIZE", limit)
+    for found, wanted in zip(steps_of(rule, LARGE[kind]), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize("arm", ARMS)

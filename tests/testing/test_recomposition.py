@@ -164,7 +164,7 @@ def test_float32_passes_with_its_tolerance() -> None:
 
 
 NOTHING = {
-    "no served layer": (nn.LayerNorm(3), torch.ones(5, 3), "no adapter serves a parameter of this LayerNorm"),
+    "no served layer": (nn.PReLU(), torch.ones(5, 3), "no adapter serves a parameter of this PReLU"),
     "frozen": (nn.Linear(3, 2).requires_grad_(False), torch.ones(5, 3), "no adapter serves"),
     "zero input": (nn.Linear(3, 2), torch.zeros(5, 3), "weight: nothing is tested, its gradient is zero"),
 }
