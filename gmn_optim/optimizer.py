@@ -24,7 +24,7 @@ from gmn_optim.hyperparameters import (
 from gmn_optim.memory_usage import MemoryUsage, count_bytes
 from gmn_optim.packing import restore_precision
 from gmn_optim.report import StepLog, StepReport, Summary
-from gmn_optim.routing import ActiveParameter, Routing, find_active, name_parameters, served_roles, warn_of_misses
+from gmn_optim.routing import ActiveParameter, Routing, find_active, find_places, name_parameters, warn_of_misses
 from gmn_optim.rule import UpdateRule
 from gmn_optim.stepping import Stepper
 from gmn_optim.weights import Weights
@@ -44,7 +44,8 @@ class GMNOptimizer(torch.optim.Optimizer):
     Args:
         model: The module that is trained. Its parameters alone are not enough.
         params: What to train, as any torch optimizer takes it: parameters, named parameters, or groups. None for all.
-        weights: Name, alias or path of weights, weights from :func:`load_weights`, or None for a nominal term alone.
+        weights: Name, alias or path of weights, weights from :func:`load_weights`, or None for a nominal term alone:
+            with ``nominal="kronecker_adam"`` an optimizer that needs no meta-training, and far fewer steps than Adam.
         lr: Multiplies the learned step; 1.0 is as meta-trained. Every LR scheduler works on it. With ``weights=None``
             it is the ordinary step size of the nominal term. None for 1.0, or the nominal term's own default.
         weight_decay: Decoupled; each step shrinks parameters by the share ``lr * alpha * weight_decay``, where alpha is
@@ -52,7 +53,7 @@ class GMNOptimizer(torch.optim.Optimizer):
         maximize: Whether to climb instead of descend.
         momentum: Decay of the nominal term's average of gradients, in place of the meta-learned one; schedulers that
             cycle momentum set it. None leaves it as meta-trained.
-        nominal: Name of the nominal term, only with ``weights=None``.
+        nominal: Name of the nominal term, only with ``weights=None``: ``momentum``, ``adam`` or ``kronecker_adam``.
         rows: The most rows (data points times positions) whose factors are kept for a layer between backward and step;
             None for all. They are of the same data points in all layers, at evenly spaced ranks of the backprops' norm.
         seed: Of the random probe that checks factors against gradients. No other randomness is used.
@@ -172,6 +173,8 @@ class GMNOptimizer(torch.optim.Optimizer):
     def summary(self, spaces: bool = False) -> Summary:
         """Return a table with a row for each parameter: its shape, the kind of layer, who updates it, and why.
 
+        Under the nominal term ``kronecker_adam`` the reason says what each parameter's basis is made from.
+
         Args:
             spaces: Whether to list the neuron spaces too, as far as forward passes have shown them.
 
@@ -278,8 +281,8 @@ class GMNOptimizer(torch.optim.Optimizer):
         if self._capture is not None and not self._capture.closed:
             require_one_process()
         verdicts = self._verify()
-        names, served = name_parameters(self._model, self.param_groups), served_roles(self._capture, verdicts)
-        active = find_active(names, self.param_groups, served, self._log)
+        names, places = name_parameters(self._model, self.param_groups), find_places(self._capture, verdicts)
+        active = find_active(names, self.param_groups, places, self._log)
         if active:
             self._warn_of_misses(active)
             self._stepper.step(active, self._capture, verdicts, self.state, self._log)
@@ -288,7 +291,7 @@ class GMNOptimizer(torch.optim.Optimizer):
 
     def _attach(self) -> None:
         """Hook the model if the rule looks at factors."""
-        if self._rule.config.gradmetanet is not None:
+        if self._rule.reads_factors:
             self._capture = GradientCapture(self._model, rows=self._rows, seed=self._seed)
 
     def _attach_and_close(self) -> None:
@@ -305,7 +308,7 @@ class GMNOptimizer(torch.optim.Optimizer):
 
     def _warn_of_misses(self, active: Sequence[ActiveParameter]) -> None:
         """Warn once of layers that take part in this step, and whose gradient their factors do not explain."""
-        if self._capture is not None and not self._capture.closed:
+        if self._rule.config.gradmetanet is not None and self._capture is not None and not self._capture.closed:
             taking_part = [{"params": [each.parameter for each in active]}]
             warn_of_misses(self._verdicts, self._warned, self._capture, taking_part)
 

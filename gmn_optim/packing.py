@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gmn_optim.neurons import LayerPorts
 from gmn_optim.rule import Chunk, Layout, RuleState, UpdateRule
+from gmn_optim.rule.basis import Basis
 from gmn_optim.rule.update import ChunkState
 
 StateByName = Mapping[str, MutableMapping[str, Any]]
@@ -31,6 +32,8 @@ def pack_state(rule: UpdateRule, layout: Layout, state: StateByName, like: Tenso
     packed = rule.init_state(layout, like)
     for chunk, flat in zip(layout.chunks, packed.chunks, strict=True):
         _exchange_chunk(chunk, flat, state)
+    for matrix, basis in zip(layout.matrices if packed.bases else (), packed.bases, strict=True):
+        _exchange_basis(basis, state[matrix.weight.name])
     if packed.memory.numel() and layout.spaces is not None:
         for ports in layout.spaces.layers:
             _exchange_layer(rule, layout, packed, ports, state)
@@ -45,7 +48,7 @@ def overwrite_state(old: RuleState, new: RuleState) -> None:
 def _tensors(state: RuleState) -> list[Tensor]:
     """Return all tensors of a state in order."""
     of_chunks = [tensor for chunk in state.chunks for tensor in (chunk.step, chunk.averages, *chunk.nominal)]
-    return [*of_chunks, state.memory, state.step]
+    return [*of_chunks, *(tensor for basis in state.bases for tensor in basis), state.memory, state.step]
 
 
 def restore_precision(
@@ -79,6 +82,14 @@ def _exchange_chunk(chunk: Chunk, flat: ChunkState, state: StateByName) -> None:
             views[f"nominal_{number}"] = segment.unflatten(buffer[place])
         _exchange(entries, views)
         start += segment.size
+
+
+def _exchange_basis(basis: Basis, entries: MutableMapping[str, Any]) -> None:
+    """Fill one matrix's basis from the entries of its weight, all of it or nothing, and put its tensors there."""
+    views = {f"basis_{field}": value for field, value in basis._asdict().items()}
+    if any(getattr(entries.get(key), "shape", None) != view.shape for key, view in views.items()):
+        entries.update(dict.fromkeys(views))  # with another bias or limit the sides are others
+    _exchange(entries, views)
 
 
 def _exchange_layer(rule: UpdateRule, layout: Layout, packed: RuleState, ports: LayerPorts, state: StateByName) -> None:

@@ -9,27 +9,39 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gmn_optim.basis_sources import basis_sources
 from gmn_optim.capture import AbstractLayerAdapter, GradientCapture, Verification
 from gmn_optim.capture.adapters import find_adapter, require_adapter
 from gmn_optim.errors import CaptureWarning, InvalidParameterError
 from gmn_optim.neurons import NeuronSpaces, infer_spaces
 from gmn_optim.report import StepLog, Summary, SummaryRow, describe_spaces
-from gmn_optim.rule import RuleConfig
+from gmn_optim.rule import RuleConfig, Segment
+from gmn_optim.rule.nominal import nominal_terms
 from gmn_optim.weight_order import WeightOrder
 
 Groups = Sequence[Mapping[str, Any]]
 
 
 class Place(NamedTuple):
-    """Where a parameter stands: its captured layer or None, its role in it, and how it lies in memory."""
+    """Where a parameter stands.
+
+    Attributes:
+        layer: Name of the captured layer that it belongs to, or None.
+        role: What it is in that layer, see :data:`gmn_optim.rule.layout.ROLES`; ``other`` if there is none.
+        order: How it lies in memory, if otherwise than outputs first.
+        groups: Blocks that the layer's inputs and outputs fall into.
+        explained: Whether the layer's factors are there and explain its gradient.
+    """
 
     layer: str | None
     role: str
     order: WeightOrder | None = None
+    groups: int = 1
+    explained: bool = False
 
 
 NOWHERE = Place(None, "other")
-"""The place of a parameter that no factors explain."""
+"""The place of a parameter of no captured layer."""
 
 
 class ActiveParameter(NamedTuple):
@@ -40,18 +52,14 @@ class ActiveParameter(NamedTuple):
         parameter: The parameter.
         group: The group that it is in.
         group_number: The group's number.
-        layer: Name of the captured layer whose factors explain its gradient, or None.
-        role: What it is in that layer, see :data:`gmn_optim.rule.layout.ROLES`; ``other`` if there is none.
-        order: How it lies in memory, if otherwise than outputs first.
+        place: Where it stands in the model.
     """
 
     name: str
     parameter: Tensor
     group: Mapping[str, Any]
     group_number: int
-    layer: str | None
-    role: str
-    order: WeightOrder | None = None
+    place: Place = NOWHERE
 
 
 def name_parameters(model: nn.Module, groups: Groups) -> dict[int, str]:
@@ -104,14 +112,14 @@ def warn_of_misses(
 
 
 def find_active(
-    names: Mapping[int, str], groups: Groups, served: Mapping[int, Place], log: StepLog
+    names: Mapping[int, str], groups: Groups, places: Mapping[int, Place], log: StepLog
 ) -> list[ActiveParameter]:
     """Return the parameters with a usable gradient; count those whose gradient is not finite, and warn of them once.
 
     Args:
         names: Parameter identity to name.
         groups: The optimizer's groups.
-        served: Parameter identity to the layer and role in which its factors are there and right.
+        places: Parameter identity to its place in the model.
         log: Where the others are counted.
 
     Raises:
@@ -120,11 +128,11 @@ def find_active(
     Example:
         >>> weight = nn.Parameter(torch.ones(2))
         >>> weight.grad = torch.ones(2)
-        >>> [each.role for each in find_active({id(weight): "w"}, [{"params": [weight]}], {}, StepLog())]
+        >>> [each.place.role for each in find_active({id(weight): "w"}, [{"params": [weight]}], {}, StepLog())]
         ['other']
     """
     with_gradient = [
-        ActiveParameter(names[id(parameter)], parameter, group, number, *served.get(id(parameter), NOWHERE))
+        ActiveParameter(names[id(parameter)], parameter, group, number, places.get(id(parameter), NOWHERE))
         for number, group in enumerate(groups)
         for parameter in group["params"]
         if parameter.grad is not None and parameter.numel()
@@ -164,20 +172,22 @@ def all_finite(gradients: Sequence[Tensor]) -> list[bool]:
     return [math.isfinite(norm) for norm in torch.stack([norm.to(norms[0].device) for norm in norms]).tolist()]
 
 
-def served_roles(capture: GradientCapture | None, verdicts: Mapping[str, Verification]) -> dict[int, Place]:
-    """Return the place of each parameter, by identity, whose factors are there and right.
+def find_places(capture: GradientCapture | None, verdicts: Mapping[str, Verification]) -> dict[int, Place]:
+    """Return the place of each parameter of a captured layer, by identity.
 
     Example:
-        >>> served_roles(None, {})
+        >>> find_places(None, {})
         {}
     """
-    if capture is None or not verdicts:
+    if capture is None:
         return {}
-    explained = {name: verdict for name, verdict in verdicts.items() if verdict.explained}
+    explained = {name for name, verdict in verdicts.items() if verdict.explained}
     # scale-free features would blow rounding error up to the size of a gradient
     noise = _vanishing(capture, verdicts)
-    found = _roles(capture)
-    return {key: place for key, place in found.items() if place.layer in explained and key not in noise}
+    return {
+        key: place._replace(explained=place.layer in explained and key not in noise)
+        for key, place in _roles(capture).items()
+    }
 
 
 def _hides_order(adapter: AbstractLayerAdapter) -> bool:
@@ -213,9 +223,10 @@ def _roles(capture: GradientCapture) -> dict[int, Place]:
         roles, order = adapter.roles(), adapter.weight_order(modules[name])
         if order is None and _hides_order(adapter):
             continue
+        form = order, adapter.groups(modules[name])
         for slot, parameter in parameters.items():
             if slot in roles:
-                places[id(parameter)] = Place(name, roles[slot], order if roles[slot] == "weight" else None)
+                places[id(parameter)] = Place(name, roles[slot], *(form if roles[slot] == "weight" else ()))
     return places
 
 
@@ -273,12 +284,12 @@ class Routing:
             return True, "the rule needs no factors"
         if not parameter.requires_grad:
             return False, "frozen"
-        if not self._is_open:
-            return False, "the optimizer is closed"
         return self._of_layer(parameter)
 
     def _of_layer(self, parameter: Tensor) -> tuple[bool, str]:
         """Return whether the factors of a parameter's layer serve it, and why or why not."""
+        if not self._is_open:
+            return False, "the optimizer is closed"
         kind, layer = self._kinds.get(id(parameter)), self._layers.get(id(parameter))
         if layer is None and id(parameter) in self._adapted:
             is_explained = self._adapted[id(parameter)]
@@ -295,17 +306,34 @@ class Routing:
 
     def summary(self, groups: Groups, spaces: bool = False) -> Summary:
         """Return a row for each parameter in the groups and, if asked for, for each neuron space known so far."""
-        names = name_parameters(self._model, groups)
-        rows = tuple(self._row(parameter, names[id(parameter)]) for parameter in _parameters(groups))
+        names, bases = name_parameters(self._model, groups), self._bases(groups)
+        rows = tuple(self._row(parameter, names[id(parameter)], bases) for parameter in _parameters(groups))
         found = None if self._capture is None or not spaces else spaces_of(self._capture, set(self._layers.values()))
         return Summary(rows, describe_spaces(found) if found is not None else ())
 
-    def _row(self, parameter: Tensor, name: str) -> SummaryRow:
+    def _row(self, parameter: Tensor, name: str, bases: Mapping[str, str]) -> SummaryRow:
         """Return one parameter's row."""
         learned, reason = self.of(parameter)
         kind = self._kinds.get(id(parameter), "(outside the model)")
         who = self._config.arm if learned else self._config.nominal
+        if name in bases:
+            reason = bases[name] if self._config.body is None else f"{reason}; {bases[name]}"
         return SummaryRow(name, tuple(parameter.shape), kind, who, reason)
+
+    def _bases(self, groups: Groups) -> dict[str, str]:
+        """Return by name what the basis of each trained parameter is made from, if the nominal term has bases."""
+        if not nominal_terms[self._config.nominal].uses_factors:
+            return {}
+        names, places = name_parameters(self._model, groups), find_places(self._capture, self._verdicts)
+        parameters = {names[id(p)]: p for p in _parameters(groups) if p.requires_grad}
+        clocks: dict[int, list[Segment]] = {}
+        for number, group in enumerate(groups):
+            of_group = clocks.setdefault(-1 if group["momentum"] is None else number, [])
+            for parameter in group["params"]:
+                if parameter.requires_grad:
+                    place = places.get(id(parameter), NOWHERE)
+                    of_group.append(Segment(names[id(parameter)], tuple(parameter.shape), *place[:-1]))
+        return basis_sources([*clocks.items()], lambda name: self._of_layer(parameters[name]))
 
     def served_share(self, groups: Groups) -> float:
         """Return the share of the elements in the groups that the learned term serves."""

@@ -18,7 +18,7 @@ from gmn_optim.neurons import LayerWiring, NeuronSpaces
 from gmn_optim.packing import overwrite_state, pack_state
 from gmn_optim.report import StepLog, measure_chunk
 from gmn_optim.routing import ActiveParameter, spaces_of
-from gmn_optim.rule import Chunk, Layout, RuleConfig, RuleState, Segment, UpdateRule, build_chunks
+from gmn_optim.rule import Chunk, Layout, RefreshClock, RuleConfig, RuleState, Segment, UpdateRule, build_chunks
 from gmn_optim.rule.update import ChunkUpdate
 
 StateByParameter = MutableMapping[Tensor, MutableMapping[str, Any]]
@@ -38,6 +38,7 @@ class _Plan(NamedTuple):
         alpha: The rule's step size (), which weight decay is measured in.
         entries: The values of the optimizer's state, views of the flat one.
         guarded: Per chunk, counts of guarded steps (segments), or None where no learned term serves it.
+        clock: Says when the nominal term's bases are made anew.
     """
 
     key: _Key
@@ -48,6 +49,7 @@ class _Plan(NamedTuple):
     alpha: Tensor
     entries: list[Tensor]
     guarded: list[Tensor | None]
+    clock: RefreshClock
 
 
 class Stepper:
@@ -61,7 +63,7 @@ class Stepper:
         >>> weight.grad, group = torch.ones(2), {"lr": 0.5, "weight_decay": 0.0, "maximize": False, "momentum": None}
         >>> stepper = Stepper(UpdateRule(RuleConfig(nominal="momentum", body=None, alpha=1.0)))
         >>> with torch.no_grad():
-        ...     stepper.step([ActiveParameter("w", weight, group, 0, None, "other")], None, {}, {weight: {}}, StepLog())
+        ...     stepper.step([ActiveParameter("w", weight, group, 0)], None, {}, {weight: {}}, StepLog())
         >>> weight.tolist()
         [0.949999988079071, 0.949999988079071]
     """
@@ -93,10 +95,8 @@ class Stepper:
             log: Where the step is counted.
         """
         plan = self._prepare(active, capture, state, log)
-        neurons = None
-        if capture is not None and plan.layout.spaces is not None:
-            neurons = _neurons(capture, plan, active, verdicts)
-        _take(plan, active, neurons, log)
+        factors = {} if capture is None else _explained_factors(capture, active, plan.state.step)
+        _take(plan, active, factors, _neurons(factors, plan, active, verdicts), log)
 
     def _prepare(
         self,
@@ -107,9 +107,11 @@ class Stepper:
     ) -> _Plan:
         """Return the plan of these parameters; that of the step before if nothing changed."""
         wiring = {} if capture is None else capture.wiring()
-        key = (id(wiring), [(e.name, e.layer, e.role, e.parameter.dtype, _own_group(e)) for e in active])
+        key = (id(wiring), [(e.name, e.place, e.parameter.dtype, _own_group(e)) for e in active])
         if self._plan is None or self._plan.key != key or not _shows(state, active, self._plan.entries):
-            layout = Layout(tuple(_chunks(active, state, self._rule.config)), _spaces(active, capture))
+            layout = Layout(
+                tuple(_chunks(active, state, self._rule.config)), _spaces(active, capture, self._rule.config)
+            )
             self._plan = self._pack(key, wiring, layout, active, state, log)
         return self._plan
 
@@ -128,8 +130,9 @@ class Stepper:
         rule = self._rule_like(like)
         _take_apart(state, active)
         packed = pack_state(rule, layout, {each.name: state[each.parameter] for each in active}, like)
+        clock = RefreshClock(rule.nominal, packed)
         guarded = [log.guard_counts(chunk, like.device) if chunk.learned else None for chunk in layout.chunks]
-        return _Plan(key, wiring, layout, packed, rule, rule.alpha(), _entries(state, active), guarded)
+        return _Plan(key, wiring, layout, packed, rule, rule.alpha(), _entries(state, active), guarded, clock)
 
     def _rule_like(self, like: Tensor) -> UpdateRule:
         """Return the rule with the dtype and device of a computation."""
@@ -170,62 +173,80 @@ def _chunks(active: Sequence[ActiveParameter], state: StateByParameter, config: 
     """Return chunks of parameters with the same steps taken, learned or not, momentum of their own or not."""
     needs_factors = config.gradmetanet is not None
     bundles: dict[tuple[Any, ...], list[Segment]] = {}
+    clocks: dict[tuple[Any, ...], int] = {}
     for each in active:
-        learned = config.body is not None and (each.layer is not None or not needs_factors)
-        role, order = (each.role, each.order) if learned else ("other", None)
-        segment = Segment(each.name, tuple(each.parameter.shape), each.layer, role, order)
+        learned = config.body is not None and (each.place.explained or not needs_factors)
+        layer, role, order, groups, _ = each.place
+        segment = Segment(each.name, tuple(each.parameter.shape), layer, role, order, groups)
         taken = float(state[each.parameter].get("step", 0.0))
-        bundles.setdefault((learned, taken, _own_group(each)), []).append(segment)
-    return [chunk for (learned, _, _), segments in bundles.items() for chunk in build_chunks(segments, learned)]
+        clock = clocks.setdefault((taken, _own_group(each)), len(clocks))
+        bundles.setdefault((learned, clock), []).append(segment)
+    return [chunk for (learned, clock), parts in bundles.items() for chunk in build_chunks(parts, learned, clock)]
 
 
-def _spaces(active: Sequence[ActiveParameter], capture: GradientCapture | None) -> NeuronSpaces | None:
-    """Return the neuron spaces of the layers that take part."""
-    layers = {each.layer for each in active if each.layer is not None}
-    return None if capture is None else spaces_of(capture, layers)
+def _spaces(
+    active: Sequence[ActiveParameter], capture: GradientCapture | None, config: RuleConfig
+) -> NeuronSpaces | None:
+    """Return the neuron spaces of the layers that take part, where the rule looks at neurons."""
+    if capture is None or config.gradmetanet is None:
+        return None
+    return spaces_of(capture, {each.place.layer for each in active if each.place.explained})
 
 
 # ---------------------------------------------------------------------- the step
 
 
+def _explained_factors(
+    capture: GradientCapture, active: Sequence[ActiveParameter], like: Tensor
+) -> dict[str, DecomposedGradient]:
+    """Return the captured factors of the layers whose gradient they explain, up to a scale."""
+    captured = capture.gradients()
+    names = dict.fromkeys(each.place.layer for each in active if each.place.explained)
+    return {
+        name: DecomposedGradient(*(part.to(like) if part.is_floating_point() else part for part in captured[name]))
+        for name in names
+    }
+
+
 def _neurons(
-    capture: GradientCapture,
+    factors: Mapping[str, DecomposedGradient],
     plan: _Plan,
     active: Sequence[ActiveParameter],
     verdicts: Mapping[str, Verification],
-) -> NeuronSets:
-    """Return the features of the neurons from the captured factors, on the scale of the gradients."""
-    captured, like = capture.gradients(), plan.state.step
-    groups = {each.name: each.group for each in active}
-    signs = {
-        segment.layer: -1.0 if groups[segment.name]["maximize"] else 1.0
-        for chunk in plan.layout.chunks
-        for segment in chunk.segments
+) -> NeuronSets | None:
+    """Return the features of the neurons, on the scale of the gradients, or None where the rule has no use for them."""
+    if plan.layout.spaces is None:
+        return None
+    signs = {each.place.layer: -1.0 if each.group["maximize"] else 1.0 for each in active}
+    scaled = {
+        name: DecomposedGradient(activations, backprops * (verdicts[name].scale * signs[name]))
+        for name, (activations, backprops) in factors.items()
     }
-    scaled = {}
-    for ports in plan.layout.spaces.layers:
-        activations, backprops = captured[ports.name]
-        scale = verdicts[ports.name].scale * signs[ports.name]
-        if activations.is_floating_point():
-            activations = activations.to(like)
-        scaled[ports.name] = DecomposedGradient(activations, backprops.to(like) * scale)
     return gather_neurons(scaled, plan.layout.spaces, plan.rule.config.data_points)
 
 
-def _take(plan: _Plan, active: Sequence[ActiveParameter], neurons: NeuronSets | None, log: StepLog) -> None:
+def _take(
+    plan: _Plan,
+    active: Sequence[ActiveParameter],
+    factors: Mapping[str, DecomposedGradient],
+    neurons: NeuronSets | None,
+    log: StepLog,
+) -> None:
     """Compute the updates, apply them and remember the new state."""
     chunks, like = plan.layout.chunks, plan.state.step
     by_name = {each.name: each for each in active}
     parameters = _flatten(chunks, {name: each.parameter for name, each in by_name.items()}, like)
     gradients = _flatten(chunks, {name: _descended(each) for name, each in by_name.items()}, like)
     momenta = [_momentum(by_name[chunk.segments[0].name].group, like) for chunk in chunks]
-    updates, state = plan.rule(parameters, gradients, plan.state, plan.layout, neurons, momenta)
+    inputs = parameters, gradients, plan.state, plan.layout, neurons, momenta, factors
+    updates, state = plan.rule(*inputs, refresh=plan.clock.is_due)
     _apply_updates(plan, updates, by_name)
     log.measured = [
         measure_chunk(chunk, update, gradient, [by_name[segment.name].group["lr"] for segment in chunk.segments])
         for chunk, update, gradient in zip(chunks, updates, gradients, strict=True)
     ]
     overwrite_state(plan.state, state)
+    plan.clock.advance()
     log.steps += 1
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -272,3 +273,76 @@ def lent(
     ]
     lenders = [factor for factor in same if factor is not None]
     return [sum(column) / len(lenders) for column in zip(*lenders, strict=True)] if lenders else [0.0] * (rows + 2)
+
+
+def mean_outer_product(vectors: Sequence[numpy.ndarray]) -> numpy.ndarray:
+    """Return the mean over vectors (n) of their outer products with themselves, divided by its mean diagonal."""
+    total = numpy.zeros((len(vectors[0]), len(vectors[0])))
+    for vector in vectors:
+        total += numpy.outer(vector, vector) / len(vectors)
+    return total / numpy.mean(numpy.diag(total))
+
+
+class KroneckerAdam:
+    """Adam in an eigenbasis, one matrix (o, i) at a time, by loops over vectors and elements.
+
+    Args:
+        shape: Of the matrix.
+        sides: Whether its rows and its columns have a basis.
+        due: Numbers of the steps at which the bases are made anew.
+    """
+
+    def __init__(self, shape: tuple[int, int], sides: tuple[bool, bool], due: Sequence[int]) -> None:
+        self.sides, self.due, self.step = sides, due, 0
+        self.bases = [numpy.eye(n) for n in shape]
+        self.moments = [numpy.zeros((n, n)) for n in shape]
+        self.first, self.second = numpy.zeros(shape), numpy.zeros(shape)
+
+    def direction(
+        self,
+        gradient: numpy.ndarray,
+        factors: tuple[list[numpy.ndarray], list[numpy.ndarray]] | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        decay: float = 0.95,
+        damping: float = 1e-4,
+    ) -> numpy.ndarray:
+        """Return the direction after one more gradient (o, i), given vectors on both sides, or with its own."""
+        self.step += 1
+        rows, columns = factors or (list(gradient.T), list(gradient))
+        before = list(self.moments)
+        self._follow(rows, columns, decay)
+        followed = self.moments
+        if factors is None:  # of its own Gram matrices the newest has but a small share in the basis
+            self.moments = before
+            self._follow(rows, columns, 0.999)
+        if self.step in self.due and (self.step > 1 or factors is not None):
+            self._turn()
+        self.moments = followed
+        turned = self.bases[0].T @ gradient @ self.bases[1]
+        self.first = betas[0] * self.first + (1 - betas[0]) * gradient
+        self.second = betas[1] * self.second + (1 - betas[1]) * turned**2
+        first = self.bases[0].T @ self.first @ self.bases[1] / (1 - betas[0] ** self.step)
+        second = self.second / (1 - betas[1] ** self.step)
+        floor = 1e-8 + damping * math.sqrt(second.mean())
+        return self.bases[0] @ (first / (numpy.sqrt(second) + floor)) @ self.bases[1].T
+
+    def _follow(self, rows: list[numpy.ndarray], columns: list[numpy.ndarray], decay: float) -> None:
+        """Average the second moments of both sides."""
+        self.moments = [
+            decay * moment + (1 - decay) * mean_outer_product(vectors)
+            for moment, vectors in zip(self.moments, (rows, columns), strict=True)
+        ]
+
+    def _turn(self) -> None:
+        """Take the eigenvectors as bases; the second moment of a new direction is a mean over the old ones."""
+        old = self.bases
+        self.bases = [
+            numpy.linalg.eigh(moment)[1] if turns else basis
+            for moment, turns, basis in zip(self.moments, self.sides, old, strict=True)
+        ]
+        second = numpy.zeros_like(self.second)
+        for (a, b), _ in numpy.ndenumerate(second):
+            for (c, d), value in numpy.ndenumerate(self.second):
+                cosines = (self.bases[0][:, a] @ old[0][:, c]) * (self.bases[1][:, b] @ old[1][:, d])
+                second[a, b] += cosines**2 * value
+        self.second = second

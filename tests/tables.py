@@ -20,6 +20,7 @@ from gmn_optim.nn import (
     SetPooling,
 )
 from gmn_optim.rule import RuleConfig
+from gmn_optim.rule.nominal import nominal_terms
 from gmn_optim.testing import Output
 
 try:
@@ -291,15 +292,20 @@ ARCHITECTURES: dict[type[nn.Module], ArchitectureCase] = {
 NOMINAL_TERMS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "momentum": lambda parameters, alpha, momentum=0.9: torch.optim.SGD(parameters, alpha * (1 - momentum), momentum),
     "adam": lambda parameters, alpha, momentum=0.9: torch.optim.Adam(parameters, alpha, (momentum, 0.999)),
+    "kronecker_adam": lambda parameters, alpha, momentum=0.9: torch.optim.Adam(parameters, alpha, (momentum, 0.999)),
 }
-"""For each nominal term the torch optimizer that takes the same steps, from parameters, alpha and the decay of the
-average of gradients, see tests/rule/test_nominal.py."""
+"""For each nominal term the torch optimizer that takes the same steps on vectors, from parameters, alpha and the decay
+of the average of gradients, see tests/rule/test_nominal.py."""
+
+ELEMENTWISE_TERMS = [name for name in NOMINAL_TERMS if not nominal_terms[name].uses_factors]
+"""Those that take the same steps on all parameters."""
 
 DATA_POINTS = 6
 """Rows that GradMetaNet reads in every arm below."""
 
 _NET = GradMetaNetConfig(width=8)
 _MOMENTUM = dict(nominal="momentum", beta=0.1, width=8, depth=2, data_points=DATA_POINTS)
+_KRONECKER = dict(nominal="kronecker_adam", beta=0.5, width=8, depth=2, data_points=DATA_POINTS)
 _ADAM = dict(nominal="adam", beta=0.5, width=8, depth=2, data_points=DATA_POINTS)
 
 ARMS: dict[str, RuleConfig] = {
@@ -308,6 +314,7 @@ ARMS: dict[str, RuleConfig] = {
     "slots": RuleConfig(**_MOMENTUM, gradmetanet=_NET, memory="slots"),
     "moments": RuleConfig(**_ADAM, gradmetanet=_NET, memory="moments"),
     "gated": RuleConfig(**_ADAM, gradmetanet=_NET, memory="moments", gated=True),
+    "kronecker_adam+gmn": RuleConfig(**_KRONECKER, gradmetanet=_NET, memory="slots"),
     "scheduled": RuleConfig(**_ADAM, gradmetanet=_NET, memory="slots", scheduled=True),
 }
 """Update rules: all tests of the rule, the optimizer and the unroll run for each. A body or a memory is a row here."""

@@ -20,6 +20,11 @@ ALLOWED = {
     "configuration": ["errors"],
     "registry": ["errors"],
     "gradients": ["errors"],
+    "neurons": [],
+    "weight_order": [],
+    "neuron_sets": ["constants", "gradients", "neurons"],
+    "capture": ["errors", "gradients", "neurons", "weight_order"],
+    "capture.neuron_names": [],
 }
 
 # What a module (with everything below it) must not import, be it by way of other modules.

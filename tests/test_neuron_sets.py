@@ -146,22 +146,6 @@ def test_zero_backprops_give_no_nan() -> None:
     assert not any(part.any() or part.isnan().any() for part in gather_neurons(gradients, CHAIN, 8))
 
 
-def test_it_maps_over_tasks() -> None:
-    tasks = [draw(6, 2, seed=seed) for seed in range(3)]
-    stacked = {
-        name: tuple(torch.stack(factor) for factor in zip(*(task[name] for task in tasks), strict=True))
-        for name in ("0", "1")
-    }
-
-    def gather(factors: dict[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        gradients = {name: DecomposedGradient(*pair) for name, pair in factors.items()}
-        return tuple(gather_neurons(gradients, CHAIN, 8))
-
-    for k, task in enumerate(tasks):
-        for found, expected in zip(torch.func.vmap(gather)(stacked), gather_neurons(task, CHAIN, 8), strict=True):
-            torch.testing.assert_close(found[k], expected, rtol=1e-12, atol=1e-12)
-
-
 # ---------------------------------------------------------------------- tables, scales, streams
 
 
@@ -302,3 +286,21 @@ def test_members_of_a_stream_that_nobody_writes_borrow_nothing() -> None:
     found = gather_neurons(gradients, spaces, 4)
     assert found.factors[:, place, 1][:, :2].all() and not found.factors[:, place, 1][:, 2].any()
     assert not found.moments[place, 2:][2].any()
+
+
+@pytest.mark.parametrize("wiring", ["chain", *WIRINGS])
+def test_it_maps_over_tasks(wiring: str) -> None:
+    spaces = {"chain": CHAIN, **WIRINGS}[wiring]
+    tasks = [draw(6, 2, spaces=spaces, seed=seed) for seed in range(3)]
+    stacked = {
+        name: tuple(torch.stack(factor) for factor in zip(*(task[name] for task in tasks), strict=True))
+        for name in tasks[0]
+    }
+
+    def gather(factors: dict[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        gradients = {name: DecomposedGradient(*pair) for name, pair in factors.items()}
+        return tuple(gather_neurons(gradients, spaces, 8))
+
+    for k, task in enumerate(tasks):
+        for found, expected in zip(torch.func.vmap(gather)(stacked), gather_neurons(task, spaces, 8), strict=True):
+            torch.testing.assert_close(found[k], expected, rtol=1e-12, atol=1e-12)

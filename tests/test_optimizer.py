@@ -26,14 +26,14 @@ from tests.cases import (
     train,
     without_learned_term,
 )
-from tests.tables import NOMINAL_TERMS
+from tests.tables import ELEMENTWISE_TERMS, NOMINAL_TERMS
 
 EXACT = {"rtol": 1e-12, "atol": 1e-14}
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
 
 
 @pytest.mark.parametrize("arm", ARMS)
-@pytest.mark.parametrize("nominal", NOMINAL_TERMS)
+@pytest.mark.parametrize("nominal", ELEMENTWISE_TERMS)
 def test_an_untrained_rule_equals_torch_step_by_step(make_model, doubles, nominal, arm) -> None:
     model, twin = make_model(torch.float64), make_model(torch.float64)
     ours = GMNOptimizer(model, weights=UpdateRule(replace(ARMS[arm], nominal=nominal, alpha=0.2)), lr=0.7)
@@ -53,7 +53,7 @@ def test_with_weight_decay_an_untrained_rule_on_adam_equals_adamw(make_model, do
     assert_same(model, twin, **EXACT)
 
 
-@pytest.mark.parametrize("nominal", NOMINAL_TERMS)
+@pytest.mark.parametrize("nominal", ELEMENTWISE_TERMS)
 def test_without_weights_lr_is_the_ordinary_one(make_model, doubles, nominal) -> None:
     model, twin = make_model(torch.float64), make_model(torch.float64)
     train(model, GMNOptimizer(model, weights=None, nominal=nominal, lr=0.02), doubles)

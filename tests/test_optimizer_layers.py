@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gmn_optim import CaptureWarning, GMNOptimizer
+from gmn_optim.capture.adapters import require_adapter
 from tests.cases import (
     ARMS,
     LEARNED,
@@ -25,6 +26,7 @@ from tests.cases import (
     train,
     without_learned_term,
 )
+from tests.tables import LAYERS
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
 
@@ -43,6 +45,28 @@ def test_the_learned_term_serves_what_it_can_and_says_why_not(case, arm) -> None
     assert {row.updated_by for name, row in rows.items() if name not in wanted} <= {config.nominal}
     assert all(row.because for row in rows.values())
     assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+VARIANTS = [
+    pytest.param(kind, variant, id=f"{kind.__name__} {variant}")
+    for kind, case in LAYERS.items()
+    for variant in case.variants
+]
+
+
+@pytest.mark.parametrize(("kind", "variant"), VARIANTS)
+@pytest.mark.parametrize("arm", ["slots", "moments"])
+def test_the_learned_term_serves_every_layer_kind(kind, variant, arm) -> None:
+    torch.manual_seed(0)
+    layer, x = LAYERS[kind].variants[variant]().double(), LAYERS[kind].draw(LAYERS[kind].shapes[0])
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    twin, rule = copy.deepcopy(layer), make_rule(arm)
+    for each, its_rule in ((layer, rule), (twin, without_learned_term(rule))):
+        train(each, GMNOptimizer(each, weights=its_rule), [x])
+    adapter, plain = require_adapter(layer), snapshot(twin)
+    for name, value in snapshot(layer).items():
+        assert torch.equal(value, plain[name]) == (name not in adapter.roles()) and value.isfinite().all()
 
 
 @pytest.mark.parametrize("case", MODELS.values(), ids=MODELS)

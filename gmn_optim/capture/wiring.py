@@ -6,6 +6,7 @@ not claimed. One pass of the model is traced, or of each part that is called by 
 called of which nothing is known yet.
 """
 
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -186,9 +187,8 @@ class _TracedPass(TorchDispatchMode):
     def __init__(self, names: SameNames, inputs: Sequence[Tensor]) -> None:
         super().__init__()
         self._same = names
-        self._names: dict[tuple[Any, ...], Tensor] = {}
-        # storage addresses may be given out anew: what is known of must live as long as the pass
-        self._alive: list[Any] = []
+        # storage addresses are given out anew, so each entry knows its storage, without keeping it alive
+        self._names: dict[tuple[Any, ...], tuple[weakref.ref[Any], Tensor]] = {}
         self._inputs = {key: version for tensor in inputs for key, version in _storage_of(tensor).items()}
         self._is_paused = False
 
@@ -212,7 +212,8 @@ class _TracedPass(TorchDispatchMode):
 
     def lookup(self, tensor: Any) -> Names:
         """Return the names of a tensor, or None."""
-        return self._names.get(_identity(tensor)) if _is_plain(tensor) else None
+        storage, names = self._names.get(_identity(tensor), _NOTHING) if _is_plain(tensor) else _NOTHING
+        return names if storage() is not None else None
 
     def along(self, tensor: Tensor, axis: int) -> Tensor | None:
         """Return the names of a tensor along one axis (size), or None if they differ along others.
@@ -270,8 +271,7 @@ class _TracedPass(TorchDispatchMode):
     def _keep(self, tensor: Tensor, names: Tensor) -> None:
         """Remember the names of a tensor."""
         if _is_plain(tensor):
-            self._alive.append(tensor.untyped_storage())
-            self._names[_identity(tensor)] = names
+            self._names[_identity(tensor)] = weakref.ref(tensor.untyped_storage()), names
 
 
 class _Paused:
@@ -287,9 +287,15 @@ class _Paused:
         self._traced._is_paused = self._before
 
 
+_NOTHING: tuple[Any, Names] = (lambda: None, None)
+"""The entry of a tensor that has none."""
+
+
 def _is_plain(tensor: Any) -> bool:
     """Whether a tensor has a storage to be known by."""
-    return isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.numel() > 0
+    if not isinstance(tensor, Tensor) or tensor.is_nested or tensor.layout is not torch.strided:
+        return False
+    return tensor.numel() > 0
 
 
 def _leaves(value: Any) -> list[Tensor]:

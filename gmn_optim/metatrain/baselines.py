@@ -18,7 +18,10 @@ ADAM_LRS = tuple(0.0005 * j for j in range(1, 21))
 MOMENTUM_LRS = tuple(float(f"{0.05 * 2 ** (j / 2):.3g}") for j in range(12))
 """Twelve step sizes from 0.05 up to about 2.3, by factors of the square root of 2."""
 
-GRIDS = {"adam": ADAM_LRS, "momentum": MOMENTUM_LRS}
+KRONECKER_LRS = tuple(float(f"{0.00125 * 2 ** (j / 2):.3g}") for j in range(11))
+"""Eleven step sizes from 0.00125 up to 0.04, by factors of the square root of 2."""
+
+GRIDS = {"adam": ADAM_LRS, "momentum": MOMENTUM_LRS, "kronecker_adam": KRONECKER_LRS}
 
 
 class TunedBaseline(NamedTuple):
@@ -39,7 +42,7 @@ class TunedBaseline(NamedTuple):
 
 def tune(
     task: AbstractTask,
-    nominal: str,
+    nominal: str | UpdateRule,
     seeds: Sequence[int],
     *,
     lrs: Sequence[float] = (),
@@ -51,15 +54,17 @@ def tune(
 
     Args:
         task: The inner problem.
-        nominal: ``adam``, ``momentum``, or another registered nominal term if ``lrs`` is given.
+        nominal: ``adam``, ``momentum``, ``kronecker_adam``, or another registered nominal term if ``lrs`` is given;
+            or a rule, whose alpha is tuned.
         seeds: One per training at each step size.
         lrs: The grid; by default the one in :data:`GRIDS`.
         steps: Inner steps; the task's horizon by default.
         every: Steps between two measurements.
         progress: Whether to show bars.
     """
-    grid = tuple(lrs) or GRIDS[nominal]
-    unroll = Unroll(task, UpdateRule(RuleConfig(nominal=nominal, body=None, alpha=grid[0])))
+    rule = nominal if isinstance(nominal, UpdateRule) else UpdateRule(RuleConfig(nominal=nominal, body=None))
+    grid = tuple(lrs) or GRIDS[rule.config.nominal]
+    unroll = Unroll(task, rule)
     validation = _sweep(unroll, grid, seeds, "validation", steps, every, progress)
     best = int(validation.held_out.unflatten(1, (len(grid), -1)).mean(2).min(0).values.argmin())
     chosen = slice(best * len(seeds), (best + 1) * len(seeds))

@@ -1,6 +1,7 @@
 """Inner training of many tasks at once: the update rule, vmapped."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from gmn_optim.capture.hooks import GradientCapture
 from gmn_optim.metatrain.fusion import fuse
 from gmn_optim.neuron_sets import gather_neurons
 from gmn_optim.neurons import NeuronSpaces, infer_spaces
+from gmn_optim.rule.clock import RefreshClock
 from gmn_optim.rule.layout import Layout, Segment, build_chunks
 from gmn_optim.rule.update import RuleState, UpdateRule
 from gmn_optim.tasks.base import AbstractTask, Batch, Parameters
@@ -56,7 +58,7 @@ class Unroll:
         self.task = task
         self.rule = rule
         self.compiled = compiled
-        self._fused_step: Callable[[Meta, UnrollState, Batch], tuple[UnrollState, Tensor]] | None = None
+        self._fused: dict[bool, Callable[[Meta, UnrollState, Batch], tuple[UnrollState, Tensor]]] = {}
         generator = torch.Generator().manual_seed(0)
         parameters, batch = task.init_parameters(generator), task.sample_batch(generator)
         self.dtype = next(iter(parameters.values())).dtype
@@ -85,17 +87,22 @@ class Unroll:
         The loss of a step is the one before its update. Values are as they are: not clipped, perhaps not finite.
         """
         batched = next(iter(meta.values())).dim() > next(self.rule.parameters()).dim()
-        step = vmap(self.step, in_dims=(0 if batched else None, 0, 0))
-        if self.compiled and batched and not torch.is_grad_enabled():
-            step = self._fused_step = self._fused_step or fuse(step, (meta, state, tuple(part[0] for part in batches)))
+        fused = self.compiled and batched and not torch.is_grad_enabled()
+        clock = RefreshClock(self.rule.nominal, state.rule)
         losses = []
         for batch in zip(*batches, strict=True):
+            step = vmap(partial(self.step, refresh=clock.is_due), in_dims=(0 if batched else None, 0, 0))
+            if fused:
+                if clock.is_due not in self._fused:
+                    self._fused[clock.is_due] = fuse(step, (meta, state, batch))
+                step = self._fused[clock.is_due]
             state, loss = step(meta, state, batch)
+            clock.advance()
             losses.append(loss)
         return state, torch.stack(losses)
 
-    def step(self, meta: Meta, state: UnrollState, batch: Batch) -> tuple[UnrollState, Tensor]:
-        """Take one inner step of one training; pure."""
+    def step(self, meta: Meta, state: UnrollState, batch: Batch, refresh: bool = True) -> tuple[UnrollState, Tensor]:
+        """Take one inner step of one training; pure. Without ``refresh`` no basis of the nominal term is due."""
 
         def loss(flat: tuple[Tensor, ...]) -> Tensor:
             return self.task.loss(self.unflatten(flat), batch)
@@ -105,7 +112,8 @@ class Unroll:
         if self.layout.spaces is not None and self.rule.config.gradmetanet is not None:
             neurons = gather_neurons(captured.factors, self.layout.spaces, self.rule.config.data_points)
         arguments = (state.parameters, captured.gradients, state.rule, self.layout, neurons)
-        updates, rule_state = functional_call(self.rule, meta, arguments)
+        options = {"factors": captured.factors, "refresh": refresh}
+        updates, rule_state = functional_call(self.rule, meta, arguments, options)
         parameters = tuple(flat - update.step for flat, update in zip(state.parameters, updates, strict=True))
         return UnrollState(parameters, rule_state), captured.loss
 
@@ -138,13 +146,13 @@ def lay_out(task: AbstractTask, parameters: Parameters, spaces: NeuronSpaces | N
         module = task.module.get_submodule(ports.name)
         adapter = require_adapter(module, ports.name)
         for parameter, role in adapter.roles().items():
-            order = adapter.weight_order(module) if role == "weight" else None
-            owners[f"{ports.name}.{parameter}".lstrip(".")] = (ports.name, role, order)
+            form = (adapter.weight_order(module), ports.groups) if role == "weight" else ()
+            owners[f"{ports.name}.{parameter}".lstrip(".")] = (ports.name, role, *form)
     learned, nominal = [], []
     for name, value in parameters.items():
-        layer, role, order = owners.get(name, (None, "other", None))
-        served = layer is not None or not needs_factors
-        (learned if served else nominal).append(Segment(name, tuple(value.shape), layer, role, order))
+        place = owners.get(name, (None, "other"))
+        served = place[0] is not None or not needs_factors
+        (learned if served else nominal).append(Segment(name, tuple(value.shape), *place))
     return Layout((*build_chunks(learned, True), *build_chunks(nominal, False)), spaces)
 
 

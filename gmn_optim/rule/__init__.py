@@ -1,5 +1,7 @@
 """The learned update rule, a pure function of parameters, gradients, neurons and state."""
 
+from gmn_optim.rule import kronecker as kronecker
+from gmn_optim.rule.clock import RefreshClock as RefreshClock
 from gmn_optim.rule.config import RuleConfig as RuleConfig
 from gmn_optim.rule.layout import Chunk as Chunk
 from gmn_optim.rule.layout import Layout as Layout

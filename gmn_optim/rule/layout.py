@@ -14,51 +14,9 @@ from torch import Tensor
 
 from gmn_optim.constants import constant
 from gmn_optim.neurons import NeuronSpaces
-from gmn_optim.weight_order import WeightOrder
-
-ROLES = ("weight", "table", "scale", "bias", "other")
-"""Roles of a parameter in its layer, in the order in which they stand in a chunk."""
-
-
-@dataclass(frozen=True)
-class Segment:
-    """One parameter's place in a chunk.
-
-    Attributes:
-        name: Full name of the parameter.
-        shape: Its shape.
-        layer: Name of the captured layer that it belongs to, or None.
-        role: What it is in that layer, one of :data:`ROLES`; ``other`` if there is none.
-        order: How it lies in memory, if otherwise than outputs first.
-
-    Example:
-        >>> Segment("w", (3, 2), order=WeightOrder((3, 2), (1, 0))).flatten(torch.arange(6).view(3, 2)).tolist()
-        [0, 2, 4, 1, 3, 5]
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    layer: str | None = None
-    role: str = "other"
-    order: WeightOrder | None = None
-
-    def flatten(self, tensor: Tensor) -> Tensor:
-        """Return a tensor of the parameter's shape as a flat one, outputs first."""
-        return (tensor if self.order is None else self.order.arrange(tensor)).reshape(-1)
-
-    def unflatten(self, flat: Tensor) -> Tensor:
-        """Return a flat tensor (size, ...) as a view with the parameter's shape, or with its sizes in memory."""
-        if self.order is None:
-            return flat.view(self.shape + tuple(flat.shape[1:]))
-        return self.order.restore(flat)
-
-    @cached_property
-    def size(self) -> int:
-        """Return the number of elements."""
-        size = 1
-        for side in self.shape:
-            size *= side
-        return size
+from gmn_optim.rule.matrices import Matrix, find_matrices
+from gmn_optim.rule.segments import ROLES as ROLES
+from gmn_optim.rule.segments import Segment as Segment
 
 
 @dataclass(frozen=True)
@@ -68,10 +26,12 @@ class Chunk:
     Attributes:
         segments: The parameters in order.
         learned: Whether the learned term serves them; otherwise they get the nominal term alone.
+        clock: Chunks of one number have taken the same steps, with the same momentum.
     """
 
     segments: tuple[Segment, ...]
     learned: bool
+    clock: int = 0
 
     @cached_property
     def size(self) -> int:
@@ -101,17 +61,10 @@ class Chunk:
         (first, *others), size = self.segments, self.size
         if others or size <= TILE_SIZE:
             return [Tile(slice(0, size), None)]
-        columns = max(1, size // max(1, self._rows_of(first)))
+        columns = max(1, first.sides[1])
         step = max(1, TILE_SIZE // columns)
         bounds = [slice(row, min(row + step, size // columns)) for row in range(0, size // columns, step)]
         return [Tile(slice(rows.start * columns, rows.stop * columns), rows) for rows in bounds]
-
-    @staticmethod
-    def _rows_of(segment: Segment) -> int:
-        """Return the number of rows of the matrix that a segment is."""
-        if segment.order is None:
-            return segment.shape[0]
-        return segment.size // segment.order.sizes[segment.order.axes[-1]]
 
     def mean_per_segment(self, values: Tensor) -> Tensor:
         """Return the mean over each segment (s, c) of values (size, c)."""
@@ -133,6 +86,11 @@ class Layout:
     chunks: tuple[Chunk, ...]
     spaces: NeuronSpaces | None = None
 
+    @cached_property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """Return the parameters that are matrices, each with the bias that belongs to it."""
+        return find_matrices([(chunk.clock, chunk.segments) for chunk in self.chunks])
+
 
 class Tile(NamedTuple):
     """A piece of a chunk.
@@ -153,7 +111,7 @@ CHUNK_SIZE = 16_384
 """Chunks are closed at this many elements: large enough for few operations, small enough for the averaging matrix."""
 
 
-def build_chunks(segments: Iterable[Segment], learned: bool) -> list[Chunk]:
+def build_chunks(segments: Iterable[Segment], learned: bool, clock: int = 0) -> list[Chunk]:
     """Return chunks of the given segments, in the order of :data:`ROLES`, small ones together.
 
     Example:
@@ -165,15 +123,15 @@ def build_chunks(segments: Iterable[Segment], learned: bool) -> list[Chunk]:
     chunks = []
     for segment in segments:
         if open_segments and sum(s.size for s in open_segments) + segment.size > CHUNK_SIZE:
-            chunks.append(_close(open_segments, learned))
+            chunks.append(_close(open_segments, learned, clock))
             open_segments = []
         open_segments.append(segment)
-    return chunks + ([_close(open_segments, learned)] if open_segments else [])
+    return chunks + ([_close(open_segments, learned, clock)] if open_segments else [])
 
 
-def _close(segments: Sequence[Segment], learned: bool) -> Chunk:
+def _close(segments: Sequence[Segment], learned: bool, clock: int) -> Chunk:
     """Return a chunk of these segments in the order that the product layer writes."""
-    return Chunk(tuple(sorted(segments, key=lambda segment: ROLES.index(segment.role))), learned)
+    return Chunk(tuple(sorted(segments, key=lambda segment: ROLES.index(segment.role))), learned, clock)
 
 
 @constant()

@@ -1,28 +1,65 @@
 """Nominal terms: the hand-made optimizers that the learned term is added to."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from gmn_optim.gradients import DecomposedGradient
 from gmn_optim.registry import Registry
+from gmn_optim.rule.basis import Basis
+from gmn_optim.rule.layout import Layout
 from gmn_optim.rule.scalars import Decay, LogScalar
 
 Buffers = tuple[Tensor, ...]
+
+LEAST_SQUARE = 1e-36
+"""Roots are taken of at least this, far below epsilon's square: the slope of the root of zero is infinite."""
+
+
+class ChunkInputs(NamedTuple):
+    """What a nominal term makes a chunk's direction of: the arguments of :meth:`AbstractNominalTerm.direction`."""
+
+    gradient: Tensor
+    buffers: Buffers
+    step: Tensor
+    momentum: Tensor | None = None
+
+
+class Surroundings(NamedTuple):
+    """What a nominal term may look at that is not of one element.
+
+    Attributes:
+        layout: Which parameters stand where.
+        factors: Layer name to factors, of the layers whose gradient they explain.
+        refresh: Whether bases that are due are made anew; without it none is due.
+    """
+
+    layout: Layout
+    factors: Mapping[str, DecomposedGradient]
+    refresh: bool
+
 
 nominal_terms: Registry[type["AbstractNominalTerm"]] = Registry("nominal term")
 
 
 class AbstractNominalTerm(nn.Module, ABC):
-    """A pure direction from gradients, elementwise, with meta-learned scalars.
+    """A pure direction from gradients, with meta-learned scalars.
+
+    An elementwise term, whose elements do not see one another, defines :meth:`direction` alone. One that looks at
+    whole matrices overrides :meth:`directions`, and the methods on its bases.
 
     Attributes:
         default_alpha: A sensible step size where the configuration names none.
         buffers_per_parameter: How many tensors like the parameter the state holds.
+        uses_factors: Whether it looks at the factors of each data point's gradient.
     """
 
     default_alpha: float
     buffers_per_parameter: int
+    uses_factors: bool = False
 
     @abstractmethod
     def direction(
@@ -36,6 +73,26 @@ class AbstractNominalTerm(nn.Module, ABC):
             step: Number of this step (), 1 at the first.
             momentum: Decay of the average of gradients (), in place of the meta-learned one.
         """
+
+    def directions(
+        self, chunks: Sequence[ChunkInputs], bases: tuple[Basis, ...], around: Surroundings
+    ) -> tuple[list[tuple[Tensor, Buffers]], tuple[Basis, ...]]:
+        """Return each chunk's direction (size) and new buffers, and the new bases.
+
+        Args:
+            chunks: Gradients and state of each chunk.
+            bases: As :meth:`init_bases` or an earlier call returned them.
+            around: Whatever else there is to see.
+        """
+        return [self.direction(*chunk) for chunk in chunks], bases
+
+    def init_bases(self, layout: Layout, like: Tensor) -> tuple[Basis, ...]:
+        """Return the bases before the first step; elementwise terms have none."""
+        return ()
+
+    def is_due(self, age: int | Tensor) -> bool | Tensor:
+        """Return whether a basis is made anew at the step that is its ``age``-th, 1 at the first."""
+        return False
 
 
 @nominal_terms.register("momentum")
@@ -85,5 +142,5 @@ class AdamTerm(AbstractNominalTerm):
         beta1, beta2 = self.beta1() if momentum is None else momentum, self.beta2()
         first = beta1 * buffers[0] + (1 - beta1) * gradient
         second = beta2 * buffers[1] + (1 - beta2) * gradient.square()
-        root = (second / (1 - torch.pow(beta2, step))).sqrt()
+        root = (second / (1 - torch.pow(beta2, step))).clamp_min(LEAST_SQUARE).sqrt()
         return first / (1 - torch.pow(beta1, step)) / (root + self.epsilon()), (first, second)

@@ -1,16 +1,18 @@
 """The update rule: one pure function that both ``GMNOptimizer.step`` and the vmapped inner loop call."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from gmn_optim.gradients import DecomposedGradient
 from gmn_optim.neuron_sets import NeuronSets
 from gmn_optim.nn.gradmetanet import GradMetaNet
 from gmn_optim.nn.product import FeatureRun
+from gmn_optim.rule.basis import Basis
 from gmn_optim.rule.body import bodies
 from gmn_optim.rule.config import RuleConfig
 from gmn_optim.rule.features import (
@@ -23,7 +25,7 @@ from gmn_optim.rule.features import (
 )
 from gmn_optim.rule.layout import ROLES, Chunk, Layout, Tile
 from gmn_optim.rule.memory import factor_memories
-from gmn_optim.rule.nominal import nominal_terms
+from gmn_optim.rule.nominal import Buffers, ChunkInputs, Surroundings, nominal_terms
 from gmn_optim.rule.scalars import SPEED, LogScalar
 
 SIZE_FLOOR = 0.1
@@ -45,11 +47,19 @@ class ChunkState(NamedTuple):
 
 
 class RuleState(NamedTuple):
-    """What the rule remembers of a model: one state per chunk, the factor memory (0 without) and its step count ()."""
+    """What the rule remembers of a model.
+
+    Attributes:
+        chunks: One state per chunk.
+        memory: The factor memory (0 without).
+        step: Its step count ().
+        bases: The nominal term's bases, one for each of the layout's matrices; empty for an elementwise term.
+    """
 
     chunks: tuple[ChunkState, ...]
     memory: Tensor
     step: Tensor
+    bases: tuple[Basis, ...] = ()
 
 
 class ChunkUpdate(NamedTuple):
@@ -105,12 +115,18 @@ class UpdateRule(nn.Module):
             self.beta = LogScalar(config.beta)
             self.body = bodies[config.body](3 + len(DECAYS), 2 if config.gated else 1, config.width, config.depth)
 
+    @property
+    def reads_factors(self) -> bool:
+        """Whether the rule looks at each data point's gradient."""
+        return self.config.gradmetanet is not None or self.nominal.uses_factors
+
     def init_state(self, layout: Layout, like: Tensor | None = None) -> RuleState:
         """Return the state before the first step, with the dtype and device of ``like``."""
         like = torch.zeros(()) if like is None else like
         spaces = layout.spaces if self.config.gradmetanet else None
         memory = self.memory.init(spaces, self.config.data_points, like) if spaces else like.new_zeros(0)
-        return RuleState(tuple(self.init_chunk(chunk, like) for chunk in layout.chunks), memory, like.new_zeros(()))
+        chunks = tuple(self.init_chunk(chunk, like) for chunk in layout.chunks)
+        return RuleState(chunks, memory, like.new_zeros(()), self.nominal.init_bases(layout, like))
 
     def init_chunk(self, chunk: Chunk, like: Tensor) -> ChunkState:
         """Return a chunk's state before its first step."""
@@ -126,6 +142,8 @@ class UpdateRule(nn.Module):
         layout: Layout,
         neurons: NeuronSets | None = None,
         momenta: Sequence[Tensor | None] = (),
+        factors: Mapping[str, DecomposedGradient] | None = None,
+        refresh: bool = True,
     ) -> tuple[tuple[ChunkUpdate, ...], RuleState]:
         """Return each chunk's update and the new state.
 
@@ -136,20 +154,30 @@ class UpdateRule(nn.Module):
             layout: Which parameters stand where.
             neurons: Features of the model's neurons; needed iff the rule has a GradMetaNet and a chunk it serves.
             momenta: Per chunk, a decay of the nominal term's average of gradients in place of the meta-learned one.
+            factors: Layer name to factors, of the layers whose gradient they explain; a nominal term may use them.
+            refresh: Whether bases that are due are made anew. False saves their cost where a clock knows that none is
+                due, see :class:`gmn_optim.rule.clock.RefreshClock`.
         """
         embedding, memory = None, state.memory
         step = state.step + 1
         if neurons is not None and layout.spaces is not None:
             features, memory = self.memory.update(memory, neurons, layout.spaces, step)
             embedding = self.gradmetanet.embed(features.sets, layout.spaces, features.neurons)
-        each = zip(
-            layout.chunks, parameters, gradients, state.chunks, momenta or [None] * len(layout.chunks), strict=True
-        )
-        results = [
-            self.update_chunk(chunk, parameter, gradient, chunk_state, layout, embedding, momentum)
-            for chunk, parameter, gradient, chunk_state, momentum in each
+        inputs = [
+            ChunkInputs(gradient, old.nominal, old.step + 1, momentum)
+            for gradient, old, momentum in zip(
+                gradients, state.chunks, momenta or [None] * len(layout.chunks), strict=True
+            )
         ]
-        return tuple(update for update, _ in results), RuleState(tuple(new for _, new in results), memory, step)
+        around = Surroundings(layout, factors or {}, refresh)
+        nominal, bases = self.nominal.directions(inputs, state.bases, around)
+        each = zip(layout.chunks, parameters, gradients, state.chunks, nominal, strict=True)
+        results = [
+            self.update_chunk(chunk, parameter, gradient, chunk_state, layout, embedding, chunk_nominal)
+            for chunk, parameter, gradient, chunk_state, chunk_nominal in each
+        ]
+        updates, states = tuple(update for update, _ in results), tuple(new for _, new in results)
+        return updates, RuleState(states, memory, step, bases)
 
     def update_chunk(
         self,
@@ -159,11 +187,21 @@ class UpdateRule(nn.Module):
         state: ChunkState,
         layout: Layout,
         embedding: Tensor | None,
-        momentum: Tensor | None = None,
+        nominal_term: tuple[Tensor, Buffers],
     ) -> tuple[ChunkUpdate, ChunkState]:
-        """Return one chunk's update and new state, given the embedding of all neurons (n, width)."""
+        """Return one chunk's update and new state.
+
+        Args:
+            chunk: The chunk.
+            parameters: Its parameters (size).
+            gradient: Their gradient (size).
+            state: What is remembered of it.
+            layout: Which parameters stand where.
+            embedding: Of all neurons (n, width), or None.
+            nominal_term: The nominal direction (size), and the nominal term's new buffers.
+        """
         step = state.step + 1
-        direction, buffers = self.nominal.direction(gradient, state.nominal, step, momentum)
+        direction, buffers = nominal_term
         alpha = self.step_size(step)
         nominal = alpha * direction
         if not self._learns(chunk):

@@ -11,7 +11,8 @@ from torch.nn.utils import parametrize
 from gmn_optim.capture import GradientCapture
 from gmn_optim.capture.functional import CapturePlan, capture_gradients, plan_capture
 from gmn_optim.errors import CaptureError
-from tests.cases import snapshot
+from tests import models
+from tests.cases import MixedKinds, TiedEmbedding, snapshot
 
 # Claims of exactness are made in float64.
 pytestmark = pytest.mark.usefixtures("double_precision", "seeded")
@@ -118,7 +119,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "one bias for two weights": same_bias,
     "bias registered before weight": bias_as_weight,
     "parametrized": parametrized,
-    "no layers": lambda: nn.LayerNorm(3),
+    "no layers": nn.PReLU,
 }
 SHAPES = {"vector": (3,), "batch": (5, 3), "positions": (5, 2, 3), "grid": (5, 2, 2, 3)}
 
@@ -270,3 +271,49 @@ def test_probes_have_the_dtype_of_the_parameters() -> None:
     model, x = mlp().float(), torch.randn(5, 3, dtype=torch.float32)
     captured = capture_gradients(model, loss_of(model, x), snapshot(model))
     assert captured.factors["0"].backprops.dtype == captured.factors["0"].activations.dtype == torch.float32
+
+
+WHOLE_MODELS = {
+    "skip connections": (models.SkipMLP, lambda: torch.randn(5, 5)),
+    "language model": (models.GPT, lambda: torch.randint(0, models.VOCABULARY, (5, models.TOKENS))),
+    "vision model": (lambda: models.ViT(True), lambda: torch.randn(5, 1, 4, 4)),
+    "upsampling": (lambda: models.Upsampling(2), lambda: torch.randn(5, 2, 4, 4)),
+    "tied embedding": (TiedEmbedding, lambda: torch.randint(0, 9, (5, 3))),
+    "tied language model": (
+        lambda: models.GPT(tied=True, blocks=1),
+        lambda: torch.randint(0, models.VOCABULARY, (5, models.TOKENS)),
+    ),
+    "mixed kinds": (MixedKinds, lambda: torch.randn(5, 5)),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE_MODELS)
+def test_the_two_front_ends_agree_on_models_of_all_layer_kinds(name: str) -> None:
+    make, draw = WHOLE_MODELS[name]
+    model, x = make(), draw()
+    captured = capture_gradients(model, loss_of(model, x), snapshot(model))
+    with GradientCapture(model) as capture:
+        model(x).square().mean().backward()
+    expected = capture.gradients()
+    assert set(captured.factors) == set(expected)
+    for layer, factors in expected.items():
+        torch.testing.assert_close(captured.factors[layer], factors, rtol=1e-10, atol=1e-13)
+        found, wanted = (each.mean_gradient(layer) for each in (captured.factors, expected))
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", WHOLE_MODELS)
+def test_models_of_all_layer_kinds_map_over_their_parameters(name: str) -> None:
+    make, draw = WHOLE_MODELS[name]
+    model, x = make(), torch.stack([draw() for _ in range(2)])
+    sets = [{key: torch.randn_like(value) for key, value in snapshot(model).items()} for _ in range(2)]
+    plan = plan_capture(model, lambda: loss_of(model, x[0])(sets[0]))
+
+    def capture(parameters: dict[str, Tensor], x: Tensor) -> list[dict[str, Tensor]]:
+        factors = capture_gradients(model, loss_of(model, x), parameters, plan).factors
+        return [factors.mean_gradient(layer) for layer in sorted(factors)]
+
+    found = vmap(capture)({key: torch.stack([each[key] for each in sets]) for key in sets[0]}, x)
+    for k, parameters in enumerate(sets):
+        mine = torch.utils._pytree.tree_map(lambda value, k=k: value[k], found)
+        torch.testing.assert_close(mine, capture(parameters, x[k]), rtol=1e-9, atol=1e-12)

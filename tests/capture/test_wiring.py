@@ -1,5 +1,6 @@
 """Layers share neurons where a traced forward pass proves it, and nowhere else."""
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -577,7 +578,7 @@ def test_what_several_passes_prove_is_put_together() -> None:
         assert capture.wiring() == known
 
 
-def test_one_pass_is_traced_and_another_for_a_layer_of_which_nothing_is_known(monkeypatch) -> None:
+def test_one_pass_is_traced_and_another_for_a_layer_of_which_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Switching()
     with counted(monkeypatch) as traced, GradientCapture(model) as capture:
         for _ in range(3):
@@ -592,7 +593,7 @@ def test_one_pass_is_traced_and_another_for_a_layer_of_which_nothing_is_known(mo
         assert len(traced) == 2 and capture.wiring() is not known
 
 
-def test_a_layer_that_is_added_is_known_after_its_first_pass(monkeypatch) -> None:
+def test_a_layer_that_is_added_is_known_after_its_first_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     with counted(monkeypatch) as traced, GradientCapture(model) as capture:
         model(torch.randn(5, 3))
@@ -605,7 +606,7 @@ def test_a_layer_that_is_added_is_known_after_its_first_pass(monkeypatch) -> Non
         assert len(traced) == 2
 
 
-def test_a_model_that_keeps_changing_is_traced_no_more_after_a_while(monkeypatch) -> None:
+def test_a_model_that_keeps_changing_is_traced_no_more_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wiring, "MOST_TRACED_PASSES", 3)
     model = nn.ModuleList(nn.Linear(3, 3) for _ in range(20))
     ways = iter(model)
@@ -616,7 +617,7 @@ def test_a_model_that_keeps_changing_is_traced_no_more_after_a_while(monkeypatch
         assert len(traced) == 3
 
 
-def test_nothing_is_learned_without_gradients_or_while_paused(monkeypatch) -> None:
+def test_nothing_is_learned_without_gradients_or_while_paused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Pair(nn.Identity())
     with counted(monkeypatch) as traced, GradientCapture(model) as capture:
         with torch.no_grad():
@@ -665,6 +666,23 @@ def test_autocast_changes_nothing() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         known = wiring_of(Residual())
     assert known["first"].outputs == known["second"].outputs == known["third"].inputs
+
+
+UNUSUAL: dict[str, Callable[[Tensor], Tensor]] = {
+    "nested": lambda h: torch.nested.nested_tensor([h[:2], h[2:]]).to_padded_tensor(0.0).flatten(0, 1)[:5],
+    "sparse": lambda h: torch.sparse.mm(torch.eye(5).to_sparse(), h),
+    "complex": lambda h: torch.complex(h, h).abs(),
+    "empty": lambda h: torch.cat([h, h[:0]]),
+    "of integers": lambda h: h + h.long(),
+    "quantized": lambda h: torch.quantize_per_tensor(h.detach(), 0.1, 0, torch.qint8).dequantize() + h,
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+@pytest.mark.filterwarnings("ignore:.*quantiz.*deprecated")
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_tensors_of_unusual_kinds_pass(name: str) -> None:
+    assert wiring_of(Pair(UNUSUAL[name]))["second"].is_model_output and is_clean()
 
 
 # ---------------------------------------------------------------------- tracing leaves no mark
@@ -724,6 +742,34 @@ def test_a_pass_that_is_interrupted_ends_with_the_capture(end: str) -> None:
         model(torch.randn(5, 3))
     getattr(capture, end)()
     assert is_clean()
+
+
+def test_a_traced_pass_keeps_no_tensor_alive() -> None:
+    seen = []
+
+    @torch.no_grad()
+    def between(h: Tensor) -> Tensor:
+        inner = h * 2
+        gone = weakref.ref(inner.untyped_storage())
+        outer = inner + 1
+        del inner
+        seen.append(gone())
+        return outer
+
+    assert places(wiring_of(Pair(between)), "second", "first") == [0, 1, 2, 3] and seen == [None]
+
+
+def test_a_new_tensor_in_the_memory_of_an_old_one_has_not_its_names() -> None:
+    @torch.no_grad()
+    def between(h: Tensor) -> Tensor:
+        for _ in range(100):
+            known = h * 2
+            del known
+            fresh.append(torch.ones(5, 4))
+        return fresh[-1]
+
+    fresh: list[Tensor] = []
+    assert_strangers(wiring_of(Pair(between)), "second", "first")
 
 
 def test_modes_of_the_user_see_every_operation() -> None:

@@ -6,7 +6,15 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.utils._pytree import tree_leaves
 
-from gmn_optim.neurons import LayerPorts, NeuronSpace, NeuronSpaces, chain_spaces
+from gmn_optim.neurons import (
+    LayerPorts,
+    LayerSpec,
+    LayerWiring,
+    NeuronSpace,
+    NeuronSpaces,
+    chain_spaces,
+    infer_spaces,
+)
 from gmn_optim.testing import Output, assert_equivariant
 from tests.tables import ARCHITECTURES
 
@@ -25,6 +33,19 @@ WIRINGS = {
     ),
     "two layers on one space": NeuronSpaces(
         (IN, HIDDEN, OUT), (LayerPorts("a", 0, 1), LayerPorts("b", 1, 2), LayerPorts("c", 1, 1))
+    ),
+    "a table and a normalization": NeuronSpaces(
+        (NeuronSpace(1, "hidden", 0), HIDDEN, OUT),
+        (
+            LayerPorts("t", 0, 1, structure="table", rows=3),
+            LayerPorts("s", 1, 1, structure="diagonal"),
+            LayerPorts("b", 1, 2),
+        ),
+    ),
+    "a stream": infer_spaces(
+        {"a": LayerSpec(3, 4), "b": LayerSpec(4, 4), "c": LayerSpec(4, 2)},
+        {"a": LayerWiring(None, tuple("hijk"), True), "b": LayerWiring(tuple("hijk"), tuple("hijk"))}
+        | {"c": LayerWiring(tuple("hijk"), None, False, True)},
     ),
 }
 SPACES = chain_spaces([2, 3, 2])

@@ -114,6 +114,7 @@ WRONG = {
     "odd code": {"code_channels": 3},
     "negative code": {"code_channels": -2},
     "no output": {"out_channels": 0},
+    "a head that is no yes or no": {"scale_head": 1},
 }
 
 

@@ -1,0 +1,171 @@
+"""Eigenbases of a matrix's rows and columns: how they follow the gradients' second moments."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gmn_optim.gradients import DecomposedGradient
+from gmn_optim.registry import Registry
+from gmn_optim.rule.matrices import Matrix
+
+TINY = 1e-30
+"""Second moments are divided by at least this, so that zeros stay zeros."""
+
+
+class Basis(NamedTuple):
+    """The bases of one matrix, and what they are made from. A side without a basis holds empty tensors.
+
+    Attributes:
+        age: Steps that they have followed ().
+        row_moment: Moving average of E[g g^T], with mean diagonal 1 (groups, o, o).
+        column_moment: Moving average of E[a a^T], with mean diagonal 1 (groups, i, i).
+        rows: Orthonormal columns (groups, o, o).
+        columns: Orthonormal columns (groups, i, i).
+    """
+
+    age: Tensor
+    row_moment: Tensor
+    column_moment: Tensor
+    rows: Tensor
+    columns: Tensor
+
+
+class Moments(NamedTuple):
+    """Second moments of one step, (groups, o, o) and (groups, i, i); None for a side without a basis."""
+
+    rows: Tensor | None
+    columns: Tensor | None
+
+
+Eigenbasis = Callable[[Tensor, Tensor], Tensor]
+"""A method from a second moment (groups, n, n) and the basis so far (groups, n, n) to the new basis."""
+
+eigenbases: Registry[Eigenbasis] = Registry("eigenbasis")
+
+
+def init_basis(matrix: Matrix, like: Tensor) -> Basis:
+    """Return the axes themselves as bases, with the dtype and device of ``like``."""
+    rows, columns = (
+        torch.eye(n, dtype=like.dtype, device=like.device).repeat(matrix.groups, 1, 1) if turns else like.new_zeros(0)
+        for n, turns in ((matrix.rows, matrix.turns_rows), (matrix.columns, matrix.turns_columns))
+    )
+    return Basis(like.new_zeros(()), torch.zeros_like(rows), torch.zeros_like(columns), rows, columns)
+
+
+# ---------------------------------------------------------------------- second moments
+
+
+def moments_of_factors(matrix: Matrix, factors: DecomposedGradient) -> Moments | None:
+    """Return E[g g^T] and E[a a^T] over data points and positions, or None if the factors are not of this matrix.
+
+    Where the matrix has the bias as a column, ``a`` ends in a 1.
+    """
+    activations, backprops = (factor.flatten(0, 1) for factor in factors)
+    inputs = matrix.columns - (matrix.bias is not None)
+    if matrix.weight.role == "table":
+        fits = backprops.shape[1] == matrix.columns
+        return Moments(None, _moment(backprops.unsqueeze(0))) if fits and len(backprops) else None
+    wanted = (matrix.groups * inputs, matrix.groups * matrix.rows)
+    if (activations.shape[1], backprops.shape[1]) != wanted or not len(backprops):
+        return None
+    a, g = (each.unflatten(1, (matrix.groups, -1)).movedim(1, 0) for each in (activations, backprops))
+    if matrix.bias is not None:
+        a = torch.cat([a, torch.ones_like(a[..., :1])], dim=-1)
+    return Moments(_moment(g) if matrix.turns_rows else None, _moment(a) if matrix.turns_columns else None)
+
+
+def moments_of_gradient(matrix: Matrix, gradient: Tensor) -> Moments:
+    """Return the Gram matrices ``G G^T`` and ``G^T G`` of a gradient (groups, o, i)."""
+    return Moments(
+        _moment(gradient.mT) if matrix.turns_rows else None, _moment(gradient) if matrix.turns_columns else None
+    )
+
+
+def _moment(rows: Tensor) -> Tensor:
+    """Return the sum of the outer products of rows (groups, r, n), with mean diagonal 1 (groups, n, n).
+
+    Rows are divided by their largest element first, so that no square over- or underflows.
+    """
+    scaled = rows / rows.abs().amax((-2, -1), keepdim=True).clamp_min(TINY)
+    moment = scaled.mT @ scaled
+    return moment / moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(TINY)[..., None, None]
+
+
+def follow(basis: Basis, moments: Moments, decay: Tensor | float) -> Basis:
+    """Return the basis with its moving averages one step on; what is not finite is left out."""
+    averages = [
+        old if new is None else _follow(old, new, decay)
+        for old, new in ((basis.row_moment, moments.rows), (basis.column_moment, moments.columns))
+    ]
+    return basis._replace(row_moment=averages[0], column_moment=averages[1])
+
+
+def _follow(average: Tensor, moment: Tensor, decay: Tensor | float) -> Tensor:
+    """Return a moving average (groups, n, n) one step on."""
+    finite = moment.sum((-2, -1), keepdim=True).isfinite()
+    return torch.where(finite, torch.lerp(moment, average, decay), average).detach()
+
+
+# ---------------------------------------------------------------------- new bases
+
+
+@eigenbases.register("eigh")
+def decompose(moment: Tensor, basis: Tensor) -> Tensor:
+    """Return the eigenvectors of a second moment, whatever the basis was."""
+    try:
+        return torch.linalg.eigh(moment)[1]
+    except torch.linalg.LinAlgError:  # in float32 the algorithm may fail on repeated eigenvalues
+        return torch.linalg.eigh(moment.double())[1].to(moment.dtype)
+
+
+@eigenbases.register("qr")
+def iterate(moment: Tensor, basis: Tensor) -> Tensor:
+    """Return the basis after one step of orthogonal iteration, the directions of most variance first.
+
+    The shift by the mean eigenvalue's rounding error leaves directions without any variance where they are.
+
+    Reference:
+        Vyas et al. (2024), "SOAP", arXiv 2409.11321, algorithm 4.
+    """
+    image = moment @ basis
+    order = (basis * image).sum(-2).argsort(dim=-1, descending=True).unsqueeze(-2).expand_as(basis)
+    shift = torch.finfo(moment.dtype).eps
+    return torch.linalg.qr((image + shift * basis).gather(-1, order))[0]
+
+
+def renew(basis: Basis, second: Tensor, due: Tensor, method: Eigenbasis) -> tuple[Basis, Tensor]:
+    """Return the basis, made anew where that is due, and Adam's second moment (groups, o, i) turned into it.
+
+    The second moment is taken for the variances of uncorrelated coordinates; of those of the new basis, which are
+    mixtures of the old ones, the shares are the squared cosines between new and old directions.
+
+    Args:
+        basis: The bases so far.
+        second: Moving average of squared gradients in them.
+        due: Whether they are made anew ().
+        method: How.
+    """
+    turned, sides = second, []
+    for axis, (moment, old) in enumerate(((basis.row_moment, basis.rows), (basis.column_moment, basis.columns))):
+        if not old.numel():
+            sides.append(old)
+            continue
+        new = method(moment, old)
+        shares = (new.mT @ old).square()
+        turned = shares @ turned if axis == 0 else turned @ shares.mT
+        sides.append(torch.where(due, new, old))
+    return basis._replace(rows=sides[0], columns=sides[1]), torch.where(due, turned, second)
+
+
+def into(basis: Basis, values: Tensor) -> Tensor:
+    """Return a matrix (groups, o, i) in the coordinates of the bases."""
+    values = basis.rows.mT @ values if basis.rows.numel() else values
+    return values @ basis.columns if basis.columns.numel() else values
+
+
+def out_of(basis: Basis, values: Tensor) -> Tensor:
+    """Return a matrix (groups, o, i) given in the coordinates of the bases."""
+    values = basis.rows @ values if basis.rows.numel() else values
+    return values @ basis.columns.mT if basis.columns.numel() else values
