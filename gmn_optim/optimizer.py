@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from gmn_optim.capture import GradientCapture, Verification
+from gmn_optim.copying import once_whole
 from gmn_optim.errors import InvalidParameterError
+from gmn_optim.explanation import Routing
 from gmn_optim.hyperparameters import (
     DEFAULT_NOMINAL,
     choose_rule,
@@ -23,8 +25,9 @@ from gmn_optim.hyperparameters import (
 )
 from gmn_optim.memory_usage import MemoryUsage, count_bytes
 from gmn_optim.packing import restore_precision
+from gmn_optim.places import ActiveParameter, find_places, name_parameters
 from gmn_optim.report import StepLog, StepReport, Summary
-from gmn_optim.routing import ActiveParameter, Routing, find_active, find_places, name_parameters, warn_of_misses
+from gmn_optim.routing import find_active, warn_of_misses
 from gmn_optim.rule import UpdateRule
 from gmn_optim.stepping import Stepper
 from gmn_optim.weights import Weights
@@ -269,7 +272,7 @@ class GMNOptimizer(torch.optim.Optimizer):
         if "_model" in state:
             self._capture, self._stepper = None, Stepper(self._rule)
             is_closed = self.__dict__.pop("_is_closed", False)
-            _once_whole(self._model, self._attach_and_close if is_closed else self._attach)
+            once_whole(self._model, self._attach_and_close if is_closed else self._attach)
         self._stepper.forget()
 
     # ------------------------------------------------------------------ the step without its closure
@@ -315,36 +318,3 @@ class GMNOptimizer(torch.optim.Optimizer):
     def _routing(self) -> Routing:
         """Return who serves which parameter now."""
         return Routing(self._model, self._rule.config, self._capture, self._verdicts)
-
-
-def _once_whole(model: nn.Module, act: Callable[[], None]) -> None:
-    """Act now, or, where the copy of a model that keeps its optimizer is still being made, when that is done.
-
-    Copying and unpickling give an object its state by ``__setstate__``, the innermost first: an attribute of the model
-    has its own before the model has.
-    """
-    unfinished = _find_unfinished(model)
-    if unfinished is None:
-        act()
-        return
-    finish = unfinished.__setstate__
-
-    def finish_and_act(state: dict[str, Any]) -> None:
-        unfinished.__dict__.pop("__setstate__", None)
-        finish(state)
-        _once_whole(model, act)
-
-    unfinished.__dict__["__setstate__"] = finish_and_act
-
-
-def _find_unfinished(model: nn.Module) -> nn.Module | None:
-    """Return a module of a model that has no state yet, if there is one."""
-    waiting, met = [model], {id(model)}
-    while waiting:
-        module = waiting.pop()
-        if "_modules" not in module.__dict__:
-            return module
-        new = [child for child in module._modules.values() if child is not None and id(child) not in met]
-        waiting += new
-        met.update(map(id, new))
-    return None

@@ -16,8 +16,8 @@ from gmn_optim.gradients import DecomposedGradient
 from gmn_optim.neuron_sets import NeuronSets, gather_neurons
 from gmn_optim.neurons import LayerWiring, NeuronSpaces
 from gmn_optim.packing import overwrite_state, pack_state
+from gmn_optim.places import ActiveParameter, spaces_of
 from gmn_optim.report import StepLog, measure_chunk
-from gmn_optim.routing import ActiveParameter, spaces_of
 from gmn_optim.rule import Chunk, Layout, RefreshClock, RuleConfig, RuleState, Segment, UpdateRule, build_chunks
 from gmn_optim.rule.update import ChunkUpdate
 

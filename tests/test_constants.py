@@ -12,11 +12,12 @@ from gmn_optim.constants import constant, constant_tensor
 from gmn_optim.gradients import DecomposedGradient
 from gmn_optim.metatrain import Horizons, MetaShape, Unroll, estimators
 from gmn_optim.neuron_sets import NeuronSets, gather_neurons
-from gmn_optim.neurons import LayerSpec, LayerWiring, chain_spaces, infer_spaces
+from gmn_optim.neurons import LayerSpec, LayerWiring, chain_spaces
 from gmn_optim.nn import NeuronEncoding, neuron_encoding
 from gmn_optim.rule import Chunk, Segment, UpdateRule, layout, memory
 from gmn_optim.rule.features import time_features, update_averages
 from gmn_optim.rule.memory import factor_memories
+from gmn_optim.streams import infer_spaces
 from gmn_optim.tasks import tasks
 from tests.cases import ARMS
 

@@ -32,8 +32,8 @@ FORBIDDEN = {
     "capture": ["nn"],
     "nn": ["capture"],
     "optimizer": ["tasks", "metatrain", "cli"],
-    "metatrain": ["optimizer", "stepping", "routing"],
-    "tasks": ["metatrain", "optimizer", "stepping", "routing", "nn", "rule"],
+    "metatrain": ["optimizer", "stepping", "places", "routing", "explanation"],
+    "tasks": ["metatrain", "optimizer", "stepping", "places", "routing", "explanation", "nn", "rule"],
     "testing": ["metatrain"],
 }
 

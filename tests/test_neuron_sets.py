@@ -6,7 +6,8 @@ from torch import Tensor
 
 from gmn_optim.gradients import DecomposedGradient
 from gmn_optim.neuron_sets import gather_neurons
-from gmn_optim.neurons import LayerPorts, LayerSpec, LayerWiring, NeuronSpace, NeuronSpaces, chain_spaces, infer_spaces
+from gmn_optim.neurons import LayerPorts, LayerSpec, LayerWiring, NeuronSpace, NeuronSpaces, chain_spaces
+from gmn_optim.streams import infer_spaces
 from tests import reference
 from tests.cases import random_wiring
 

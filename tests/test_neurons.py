@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from gmn_optim.capture import GradientCapture
-from gmn_optim.neurons import LayerPorts, LayerSpec, LayerWiring, NeuronSpace, NeuronSpaces, chain_spaces, infer_spaces
+from gmn_optim.neurons import LayerPorts, LayerSpec, LayerWiring, NeuronSpace, NeuronSpaces, chain_spaces
+from gmn_optim.streams import infer_spaces
 from tests import reference
 from tests.cases import random_wiring
 

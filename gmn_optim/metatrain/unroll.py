@@ -13,10 +13,11 @@ from gmn_optim.capture.functional import capture_gradients, plan_capture
 from gmn_optim.capture.hooks import GradientCapture
 from gmn_optim.metatrain.fusion import fuse
 from gmn_optim.neuron_sets import gather_neurons
-from gmn_optim.neurons import NeuronSpaces, infer_spaces
+from gmn_optim.neurons import NeuronSpaces
 from gmn_optim.rule.clock import RefreshClock
 from gmn_optim.rule.layout import Layout, Segment, build_chunks
 from gmn_optim.rule.update import RuleState, UpdateRule
+from gmn_optim.streams import infer_spaces
 from gmn_optim.tasks.base import AbstractTask, Batch, Parameters
 
 Meta = dict[str, Tensor]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gmn_optim.capture.neuron_names import UNKNOWN, Names, SameNames, compress, pass_names, varied_axes
-from gmn_optim.capture.wiring import _TracedPass
+from gmn_optim.capture.traced_pass import TracedPass
 from gmn_optim.testing.permutations import random_order
 
 pytestmark = pytest.mark.usefixtures("seeded", "double_precision")
@@ -27,7 +27,7 @@ def trace(function: Callable[..., Tensor], *operands: tuple[Tensor, Names]) -> T
     """Run a function of tensors with these names."""
     same = SameNames()
     same.fresh(100)
-    passed = _TracedPass(same, [])
+    passed = TracedPass(same, [])
     for tensor, names in operands:
         if names is not None:
             passed._keep(tensor, names)

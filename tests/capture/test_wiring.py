@@ -554,13 +554,13 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Count the traced passes."""
     traced: list[int] = []
 
-    class Counted(wiring._TracedPass):
+    class Counted(wiring.TracedPass):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             traced.append(1)
 
     with monkeypatch.context() as patch:
-        patch.setattr(wiring, "_TracedPass", Counted)
+        patch.setattr(wiring, "TracedPass", Counted)
         yield traced
 
 

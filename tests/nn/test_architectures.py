@@ -13,8 +13,8 @@ from gmn_optim.neurons import (
     NeuronSpace,
     NeuronSpaces,
     chain_spaces,
-    infer_spaces,
 )
+from gmn_optim.streams import infer_spaces
 from gmn_optim.testing import Output, assert_equivariant
 from tests.tables import ARCHITECTURES
 

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from gmn_optim.neuron_sets import NeuronSets
-from gmn_optim.neurons import LayerSpec, LayerWiring, NeuronSpaces, chain_spaces, infer_spaces
+from gmn_optim.neurons import LayerSpec, LayerWiring, NeuronSpaces, chain_spaces
 from gmn_optim.rule.features import DECAYS
 from gmn_optim.rule.memory import AbstractFactorMemory, factor_memories
+from gmn_optim.streams import infer_spaces
 from gmn_optim.testing import permute_neurons, random_permutations
 from tests import reference
 

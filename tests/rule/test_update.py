@@ -13,11 +13,12 @@ from torch.func import functional_call, stack_module_state, vmap
 from gmn_optim.errors import InvalidArgumentError
 from gmn_optim.gradients import DecomposedGradient
 from gmn_optim.neuron_sets import NeuronSets, gather_neurons
-from gmn_optim.neurons import LayerSpec, NeuronSpaces, chain_spaces, infer_spaces
+from gmn_optim.neurons import LayerSpec, NeuronSpaces, chain_spaces
 from gmn_optim.nn import GradMetaNetConfig, LayerFeatures
 from gmn_optim.rule import Layout, RuleConfig, Segment, UpdateRule, build_chunks, layout
 from gmn_optim.rule.features import TIME_SCALES
 from gmn_optim.rule.update import ChunkUpdate
+from gmn_optim.streams import infer_spaces
 from gmn_optim.testing import assert_untrained_is_nominal, permute_neurons, permute_parameters, random_permutations
 from gmn_optim.weight_order import WeightOrder
 from tests import tables
