@@ -114,5 +114,5 @@ def _warn_caller(message: str, category: type[Warning]) -> None:
 
 
 def _is_internal(module: str) -> bool:
-    """Whether a module is part of this package or of torch."""
-    return module.partition(".")[0] in ("gmn_optim", "torch")
+    """Whether a module is part of this package, of torch, or of a library that calls ``step`` for the user."""
+    return module.partition(".")[0] in ("gmn_optim", "torch", "accelerate", "lightning", "transformers")

@@ -16,6 +16,21 @@ TINY = 1e-18
 """Root mean squares below this count as zero; far below any useful gradient, above underflow of squares."""
 
 
+def root(squares: Tensor) -> Tensor:
+    """Return the square root, with slope zero at zero.
+
+    There the slope of ``sqrt`` is infinite, and a product with zero on the way back is not a number: a space that lacks
+    a factor, or a neuron without gradient, would end meta-training by backpropagation.
+
+    Example:
+        >>> x = torch.tensor([0.0, 4.0], requires_grad=True)
+        >>> root(x).sum().backward()
+        >>> x.grad.tolist()
+        [0.0, 0.25]
+    """
+    return squares.clamp_min(TINY * TINY).sqrt() * (squares > 0)
+
+
 def update_averages(averages: Tensor, values: Tensor) -> Tensor:
     """Return the moving averages (..., 6) one step on, given values (...)."""
     shares = constant_tensor(tuple(1.0 - decay for decay in DECAYS), averages.dtype, averages.device)
@@ -27,9 +42,9 @@ def channel_scales(chunk: Chunk, channels: tuple[Tensor, ...]) -> Tensor:
     tiles = chunk.tiles()
     if len(tiles) == 1:
         stacked = _stack(channels, tiles[0])
-        return chunk.mean_per_segment(stacked * stacked).sqrt()
+        return root(chunk.mean_per_segment(stacked * stacked))
     squares = [_stack(channels, tile).square_().sum(0, keepdim=True) for tile in tiles]
-    return (torch.stack(squares).sum(0) / chunk.size).sqrt()
+    return root(torch.stack(squares).sum(0) / chunk.size)
 
 
 def parameter_features(chunk: Chunk, channels: tuple[Tensor, ...], scales: Tensor, tile: Tile) -> Tensor:

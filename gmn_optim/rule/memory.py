@@ -10,7 +10,7 @@ from gmn_optim.constants import constant, constant_tensor
 from gmn_optim.neuron_sets import NeuronSets
 from gmn_optim.neurons import LayerPorts, NeuronSpaces
 from gmn_optim.registry import Registry
-from gmn_optim.rule.features import DECAYS, TINY, update_averages
+from gmn_optim.rule.features import DECAYS, TINY, root, update_averages
 
 factor_memories: Registry[type["AbstractFactorMemory"]] = Registry("factor memory")
 
@@ -108,7 +108,7 @@ class MomentMemory(AbstractFactorMemory):
         decays = constant_tensor(DECAYS, memory.dtype, memory.device)
         corrected = memory / (1.0 - torch.pow(decays, step))
         means = torch.cat([sets.moments.unsqueeze(-1), corrected], dim=-1)
-        first, roots = means[:, 0::2], means[:, 1::2].clamp_min(0.0).sqrt()
+        first, roots = means[:, 0::2], root(means[:, 1::2])
         sizes = roots * _inverse_scale(roots.flatten(1), spaces).view_as(roots)
         neurons = torch.cat([sizes.flatten(1), (first / roots.clamp_min(TINY)).flatten(1)], dim=-1)
         return NeuronFeatures(_scale_free(sets.factors, spaces), neurons), memory
@@ -116,13 +116,13 @@ class MomentMemory(AbstractFactorMemory):
 
 def _scale_free(features: Tensor, spaces: NeuronSpaces) -> Tensor:
     """Return features (r, n, c) divided by their root mean square over rows and over the neurons of each space."""
-    return features * _inverse_scale((features * features).mean(0).sqrt(), spaces)
+    return features * _inverse_scale(root((features * features).mean(0)), spaces)
 
 
 def _inverse_scale(roots: Tensor, spaces: NeuronSpaces) -> Tensor:
     """Return 1 / (root mean square over each space) of values (n, c), at every neuron; 0 for a space of zeros."""
     averaging, numbers = _space_averaging(spaces, roots.dtype, roots.device)
-    scale = (averaging @ roots.square()).sqrt()
+    scale = root(averaging @ roots.square())
     return (1.0 / scale.clamp_min(TINY))[numbers]
 
 

@@ -4,8 +4,11 @@ from torch.func import functional_call
 
 from gmn_optim.errors import InvalidArgumentError, UnknownNameError
 from gmn_optim.metatrain import Horizons, MetaShape, Unroll, estimators
+from gmn_optim.metatrain.backpropagation import TruncatedBackpropagation
 from gmn_optim.rule import RuleConfig, UpdateRule
+from gmn_optim.tasks import tasks
 from gmn_optim.tasks.quadratic import QuadraticTask
+from tests.cases import LEARNED, make_rule
 from tests.tables import ESTIMATORS
 
 HORIZON, TRUNCATION = 20, 5
@@ -150,3 +153,14 @@ def test_horizons_are_whole_truncations_within_their_range(shortest, longest):
 def test_staggered_first_horizons_end_at_different_times():
     first = Horizons(800, 800).first(torch.Generator().manual_seed(0), 8, 50)
     assert first.tolist() == [100, 200, 300, 400, 500, 600, 700, 800]
+
+
+@pytest.mark.parametrize("arm", LEARNED)
+def test_backpropagation_through_neurons_without_factors_is_finite(arm):
+    """Input neurons have no backprops and dead ones no gradient: roots of zero, whose slope is infinite."""
+    unroll = Unroll(tasks["fashion-mnist-mlp"](), make_rule(arm))
+    shape = MetaShape(unroll.meta_parameters())
+    estimator = TruncatedBackpropagation(unroll, shape, unrolls=2, truncation=3, horizons=Horizons(6, 6))
+    generator = torch.Generator().manual_seed(0)
+    estimate, _ = estimator.estimate(shape.flatten(unroll.meta_parameters()), estimator.init(generator), generator)
+    assert estimate.gradient.isfinite().all() and estimate.gradient.any()
