@@ -37,6 +37,12 @@ def update_averages(averages: Tensor, values: Tensor) -> Tensor:
     return torch.lerp(averages, values.unsqueeze(-1), shares)
 
 
+def join_channels(chunk: Chunk, channels: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return the channels as one (size, c) where the chunk is worked on at once: put together once, read twice."""
+    tiles = chunk.tiles()
+    return (_stack(channels, tiles[0]),) if len(tiles) == 1 else channels
+
+
 def channel_scales(chunk: Chunk, channels: tuple[Tensor, ...]) -> Tensor:
     """Return the root mean square over each tensor (segments, c) of the channels, each (size) or (size, c)."""
     tiles = chunk.tiles()
@@ -55,6 +61,9 @@ def parameter_features(chunk: Chunk, channels: tuple[Tensor, ...], scales: Tenso
 
 def _stack(channels: tuple[Tensor, ...], tile: Tile) -> Tensor:
     """Return a tile's channels behind one another (tile size, c)."""
+    if tile.rows is None:
+        joined = [c if c.dim() == 2 else c.unsqueeze(-1) for c in channels]
+        return joined[0] if len(joined) == 1 else torch.cat(joined, dim=-1)
     return torch.cat([c[tile.place] if c.dim() == 2 else c[tile.place].unsqueeze(-1) for c in channels], dim=-1)
 
 

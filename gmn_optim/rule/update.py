@@ -19,6 +19,7 @@ from gmn_optim.rule.features import (
     DECAYS,
     TIME_SCALES,
     channel_scales,
+    join_channels,
     parameter_features,
     time_features,
     update_averages,
@@ -208,7 +209,7 @@ class UpdateRule(nn.Module):
             guarded = torch.zeros(len(chunk.segments), dtype=torch.bool, device=nominal.device)
             return ChunkUpdate(nominal, nominal, guarded), ChunkState(step, state.averages, buffers)
         averages = update_averages(state.averages, gradient)
-        channels = (parameters, gradient, direction, averages)
+        channels = join_channels(chunk, (parameters, gradient, direction, averages))
         scales = channel_scales(chunk, channels)
         time = time_features(step)
         outputs = [
