@@ -103,7 +103,6 @@ class OutsideUses:
     def __init__(self) -> None:
         self.layers: tuple[ServedLayer, ...] = ()
         self._key = object()  # two captures of one model must not read each other's marks
-        self._seen: dict[int, weakref.ref[nn.Parameter]] = {}
         self._without_bias: dict[int, weakref.ref[nn.Parameter]] = {}
 
     def claim(self, output: Any, inputs: Any) -> None:
@@ -128,10 +127,6 @@ class OutsideUses:
         layers = [layer for layer in self.layers if layer.module in inside]
         order = RowOrder(count_attended_points(attention, query), points_lead=False)
         return list(self._find(outputs, inputs, layers, order))
-
-    def has_seen(self, weight: nn.Parameter) -> bool:
-        """Whether a weight was ever used outside of its module."""
-        return _is_in(self._seen, weight)
 
     def trim(self, group: LayerGroup) -> LayerGroup:
         """Return a group without its bias if the weight was ever used without it: then the sum is not its gradient."""
@@ -160,8 +155,7 @@ class OutsideUses:
         return self._key in node.metadata
 
     def _note(self, layer: ServedLayer, use: MatrixUse, sums: list[BiasUse]) -> None:
-        """Remember the use, and whether the layer's bias is missing at it."""
-        self._seen[id(use.weight)] = weakref.ref(use.weight)
+        """Remember whether the layer's bias is missing at a use."""
         added = {id(each.bias) for each in sums if each.product is use.node and each.rows == use.block.rows}
         others = [parameter for parameter in layer.parameters().values() if parameter is not use.weight]
         if any(id(other) not in added for other in others):

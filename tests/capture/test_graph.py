@@ -1,6 +1,6 @@
 """Products with a parameter are found in the graph, and their rows are the parameter's gradient; all in float64."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,14 +12,8 @@ from gmn_optim.capture.graph import find_matrix_uses
 from gmn_optim.capture.graph_rows import count_data_points
 from tests.capture.products import close, factors_of, total, watch
 
-
-@pytest.fixture(autouse=True)
-def _double_precision() -> Iterator[None]:
-    """Claims of exactness are made in float64."""
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+# Claims of exactness are made in float64.
+pytestmark = pytest.mark.usefixtures("seeded", "double_precision")
 
 
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]

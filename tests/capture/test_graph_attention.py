@@ -1,6 +1,6 @@
 """The products inside attention are found, and their rows put in order are each data point's gradients, in float64."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import pytest
@@ -21,13 +21,8 @@ from gmn_optim.gradients import DecomposedGradient
 POINTS, QUERIES, KEYS = 5, 3, 6
 
 
-@pytest.fixture(autouse=True)
-def _double_precision() -> Iterator[None]:
-    """Claims of exactness are made in float64."""
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+# Claims of exactness are made in float64.
+pytestmark = pytest.mark.usefixtures("seeded", "double_precision")
 
 
 class Case(NamedTuple):

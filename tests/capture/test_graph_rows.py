@@ -2,7 +2,6 @@
 
 import gc
 import weakref
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,14 +13,8 @@ from gmn_optim.capture.graph import find_matrix_uses
 from gmn_optim.capture.graph_rows import Rows, fold_rows, hook_rows
 from tests.capture.products import close, total, watch
 
-
-@pytest.fixture(autouse=True)
-def _double_precision() -> Iterator[None]:
-    """Claims of exactness are made in float64."""
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+# Claims of exactness are made in float64.
+pytestmark = pytest.mark.usefixtures("seeded", "double_precision")
 
 
 @pytest.mark.filterwarnings("ignore:.*verriding a previously registered kernel")

@@ -2,7 +2,6 @@
 
 import gc
 import weakref
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,14 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from gmn_optim.capture import GradientCapture, capture_gradients
 from gmn_optim.testing import assert_recomposes
 
-
-@pytest.fixture(autouse=True)
-def _double_precision() -> Iterator[None]:
-    """Claims of exactness are made in float64."""
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+# Claims of exactness are made in float64.
+pytestmark = pytest.mark.usefixtures("seeded", "double_precision")
 
 
 class Attending(nn.Module):

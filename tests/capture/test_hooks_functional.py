@@ -1,6 +1,6 @@
 """Weights that are used as functions are captured as if their layers had been called."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,14 +13,8 @@ from gmn_optim.capture.adapters import _ADAPTERS
 from gmn_optim.capture.linear import LinearAdapter
 from gmn_optim.neurons import LayerWiring
 
-
-@pytest.fixture(autouse=True)
-def _double_precision() -> Iterator[None]:
-    """Claims of exactness are made in float64."""
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+# Claims of exactness are made in float64.
+pytestmark = pytest.mark.usefixtures("seeded", "double_precision")
 
 
 class Functions(nn.Module):
