@@ -58,6 +58,10 @@ class CheckpointError(GMNError, ValueError):
     """A meta-training checkpoint cannot be continued with these settings."""
 
 
+class MetaTrainingError(GMNError, RuntimeError):
+    """No inner training of an outer step could be carried out; the message tells what each of them raised."""
+
+
 class CaptureWarning(UserWarning):
     """Factors of a layer are missing or do not explain its gradient; its nominal term is used instead.
 

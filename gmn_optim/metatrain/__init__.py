@@ -9,6 +9,8 @@ from gmn_optim.metatrain.estimators import MetaShape as MetaShape
 from gmn_optim.metatrain.estimators import estimators as estimators
 from gmn_optim.metatrain.evaluation import Curves as Curves
 from gmn_optim.metatrain.evaluation import evaluate as evaluate
+from gmn_optim.metatrain.family_config import FamilyConfig as FamilyConfig
+from gmn_optim.metatrain.family_trainer import FamilyTrainer as FamilyTrainer
 from gmn_optim.metatrain.trainer import MetaTrainer as MetaTrainer
-from gmn_optim.metatrain.trainer import TrainerConfig as TrainerConfig
+from gmn_optim.metatrain.trainer_config import TrainerConfig as TrainerConfig
 from gmn_optim.metatrain.unroll import Unroll as Unroll

@@ -65,21 +65,21 @@ def tune(
     rule = nominal if isinstance(nominal, UpdateRule) else UpdateRule(RuleConfig(nominal=nominal, body=None))
     grid = tuple(lrs) or GRIDS[rule.config.nominal]
     unroll = Unroll(task, rule)
-    validation = _sweep(unroll, grid, seeds, "validation", steps, every, progress)
+    validation = sweep_step_sizes(unroll, grid, seeds, "validation", steps, every, progress)
     best = int(validation.held_out.unflatten(1, (len(grid), -1)).mean(2).min(0).values.argmin())
     chosen = slice(best * len(seeds), (best + 1) * len(seeds))
-    test = _sweep(unroll, grid[best : best + 1], seeds, "test", steps, every, progress)
+    test = sweep_step_sizes(unroll, grid[best : best + 1], seeds, "test", steps, every, progress)
     return TunedBaseline(grid[best], grid, Curves(*(c if c.dim() == 1 else c[:, chosen] for c in validation)), test)
 
 
-def _sweep(
+def sweep_step_sizes(
     unroll: Unroll,
     grid: Sequence[float],
     seeds: Sequence[int],
     split: Split,
     steps: int | None,
     every: int,
-    progress: bool,
+    progress: bool = False,
 ) -> Curves:
     """Return the curves of every step size, seeds of one step size beside one another."""
     own = unroll.meta_parameters()

@@ -169,17 +169,40 @@ class AbstractGradientEstimator(ABC):
             ages: Steps that each training had taken before it (k).
             ends: Horizon of each training (k).
         """
-        limit = self.unroll.task.loss_limit
-        bounded = losses.nan_to_num(nan=limit, posinf=limit, neginf=limit).clamp_max(limit)
-        if self.emphasis == 0.0:
-            return bounded.mean(0)
-        share = (ages + torch.arange(len(losses)).unsqueeze(1) + 0.5) / ends
-        return ((self.emphasis + 1) * share.to(losses.dtype) ** self.emphasis * bounded).mean(0)
+        return weighted_mean(bounded(losses, self.unroll.task.loss_limit), ages, ends, self.emphasis)
 
     def plain_loss(self, losses: Tensor) -> Tensor:
         """Return the mean of losses (steps, k), bounded but not weighted: what a log shows ()."""
-        limit = self.unroll.task.loss_limit
-        return losses.nan_to_num(nan=limit, posinf=limit, neginf=limit).clamp_max(limit).mean()
+        return bounded(losses, self.unroll.task.loss_limit).mean()
+
+
+def bounded(losses: Tensor, limit: float) -> Tensor:
+    """Return losses with ``limit`` for those that are above it or not finite.
+
+    Example:
+        >>> bounded(torch.tensor([1.0, 9.0, torch.nan, -torch.inf]), limit=2.0)
+        tensor([1., 2., 2., 2.])
+    """
+    return losses.nan_to_num(nan=limit, posinf=limit, neginf=limit).clamp_max(limit)
+
+
+def weighted_mean(losses: Tensor, ages: Tensor, ends: Tensor, emphasis: float) -> Tensor:
+    """Return the mean (k) of losses (steps, k), the one at step t of T weighed by (emphasis + 1) (t/T)^emphasis.
+
+    Args:
+        losses: Of the steps of a truncation (steps, k).
+        ages: Steps that were taken before it (k).
+        ends: Horizons (k).
+        emphasis: 0 for the plain mean.
+
+    Example:
+        >>> weighted_mean(torch.ones(2, 1), torch.tensor([0]), torch.tensor([2]), emphasis=1.0)
+        tensor([1.])
+    """
+    if emphasis == 0.0:
+        return losses.mean(0)
+    share = (ages + torch.arange(len(losses)).unsqueeze(1) + 0.5) / ends
+    return ((emphasis + 1) * share.to(losses.dtype) ** emphasis * losses).mean(0)
 
 
 def start_anew(over: Tensor, fresh: UnrollState, old: UnrollState) -> UnrollState:

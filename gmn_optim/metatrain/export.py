@@ -1,6 +1,5 @@
 """From a meta-training run to a weights file whose card tells what it reached."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,8 @@ from gmn_optim.errors import CheckpointError
 from gmn_optim.metatrain.baselines import TunedBaseline, tune
 from gmn_optim.metatrain.checkpoint import load_checkpoint
 from gmn_optim.metatrain.evaluation import Curves, evaluate
-from gmn_optim.metatrain.trainer import LOG, meta_path, whole_lines
+from gmn_optim.metatrain.log import LOG, read_lines
+from gmn_optim.metatrain.outer_loop import meta_path
 from gmn_optim.metatrain.unroll import Meta, Unroll
 
 REPLAY_STEPS = 20
@@ -41,8 +41,7 @@ def read_evaluations(folder: Path) -> list[Evaluation]:
     path = folder / LOG
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; give the folder of a meta-training run")
-    lines = [json.loads(line) for line in whole_lines(path)]
-    found = {line["step"]: line["evaluation"] for line in lines if "evaluation" in line}
+    found = {line["step"]: line["evaluation"] for line in read_lines(path) if "evaluation" in line}
     return [Evaluation(step, [math.inf if v is None else v for v in curve]) for step, curve in sorted(found.items())]
 
 

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from gmn_optim.errors import CheckpointError, InvalidArgumentError
 from gmn_optim.metatrain.baselines import tune
 from gmn_optim.metatrain.export import choose_step, load_meta, measure_results, read_evaluations, record_replay
-from gmn_optim.metatrain.trainer import CHECKPOINT
+from gmn_optim.metatrain.outer_loop import CHECKPOINT
 from gmn_optim.metatrain.unroll import Unroll
 from gmn_optim.rule import RuleConfig, UpdateRule
 from gmn_optim.tasks import tasks
@@ -27,10 +27,14 @@ def build_unroll(task: str, config: RuleConfig, *, seed: int, compiled: bool = F
     Raises:
         UnknownNameError: no such task.
     """
+    return Unroll(tasks[task](), build_rule(config, seed=seed), compiled)
+
+
+def build_rule(config: RuleConfig, *, seed: int) -> UpdateRule:
+    """Return a rule, its meta-parameters drawn from ``seed``; global randomness is untouched."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        rule = UpdateRule(config)
-    return Unroll(tasks[task](), rule, compiled)
+        return UpdateRule(config)
 
 
 def describe_run(task: str, config: RuleConfig) -> dict[str, Any]:
@@ -80,13 +84,15 @@ def export_run(
         progress: Whether to show bars.
 
     Raises:
-        CheckpointError: the folder holds no run.
+        CheckpointError: the folder holds no run on a task.
         InvalidArgumentError: the name is no file name, or the step was not evaluated.
     """
     require_file_name(name)
     folder = Path(folder)
     facts = read_run(folder)
     settings = facts["settings"]
+    if "task" not in settings:
+        raise CheckpointError(f"{folder} is a run over a family, which cannot be exported; validate it instead")
     config = RuleConfig.from_dict(settings["rule"])
     unroll = build_unroll(settings["task"], config, seed=settings["trainer"]["seed"])
     evaluations = read_evaluations(folder)

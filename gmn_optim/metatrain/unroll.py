@@ -61,10 +61,12 @@ class Unroll:
         self.compiled = compiled
         self._fused: dict[bool, Callable[[Meta, UnrollState, Batch], tuple[UnrollState, Tensor]]] = {}
         generator = torch.Generator().manual_seed(0)
-        parameters, batch = task.init_parameters(generator), task.sample_batch(generator)
+        # the wiring is read from the autograd graph, and an outer loop that makes unrolls records none
+        with torch.inference_mode(False), torch.enable_grad():
+            parameters, batch = task.init_parameters(generator), task.sample_batch(generator)
+            self.plan = plan_capture(task.module, lambda: task.loss(parameters, batch))
+            spaces = infer_task_spaces(task, parameters, batch)
         self.dtype = next(iter(parameters.values())).dtype
-        self.plan = plan_capture(task.module, lambda: task.loss(parameters, batch))
-        spaces = infer_task_spaces(task, parameters, batch)
         self.layout = lay_out(task, parameters, spaces, needs_factors=rule.config.gradmetanet is not None)
 
     def meta_parameters(self) -> Meta:

@@ -19,13 +19,15 @@ class AbstractTask(ABC):
     """An inner problem: initial parameters, batches, and a loss. Randomness is passed in as a generator.
 
     Attributes:
+        name: What logs and tables call the task.
         module: The network; its own parameters are placeholders for those that are passed in.
         horizon: Steps of a full training.
         loss_limit: Losses above this count as this in meta-training, so that a failed run stays bounded.
+        loss_floor: Added to a loss before its logarithm is taken, about the least loss that matters.
 
     Example:
         >>> class Parabola(AbstractTask):
-        ...     module, horizon, loss_limit = nn.Identity(), 10, 100.0
+        ...     name, module, horizon, loss_limit = "parabola", nn.Identity(), 10, 100.0
         ...     def init_parameters(self, generator):
         ...         return {"x": torch.ones(1)}
         ...     def sample_batch(self, generator, shape=()):
@@ -37,9 +39,11 @@ class AbstractTask(ABC):
         1.0
     """
 
+    name: str
     module: nn.Module
     horizon: int
     loss_limit: float
+    loss_floor: float = 0.01
 
     @abstractmethod
     def init_parameters(self, generator: torch.Generator) -> Parameters:

@@ -42,6 +42,7 @@ class ImageMLPTask(AbstractTask):
     ) -> None:
         classes = int(data.train_labels.max()) + 1
         widths = [data.train_images.shape[1], *hidden, classes]
+        self.name = "image-mlp"
         self.module = _mlp(widths, _ACTIVATIONS[activation])
         self.batch_size = batch_size
         self.horizon = horizon

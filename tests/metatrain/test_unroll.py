@@ -8,6 +8,7 @@ from torch import nn
 from gmn_optim import GMNOptimizer
 from gmn_optim.metatrain import Unroll
 from gmn_optim.rule import RuleConfig, UpdateRule
+from gmn_optim.tasks import tasks
 from gmn_optim.tasks.base import AbstractTask
 from gmn_optim.tasks.quadratic import QuadraticTask
 from tests import models
@@ -201,3 +202,11 @@ def test_fused_steps_agree_with_plain_ones(arm):
     state, meta, batches = plain.start(generator, 2), perturbed(plain, 2), plain.batches(generator, 3, 2)
     with torch.no_grad():
         torch.testing.assert_close(fused.run(meta, state, batches)[1], plain.run(meta, state, batches)[1])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_neuron_spaces_are_found_where_no_graph_is_recorded(mode):
+    with mode():
+        without = Unroll(tasks["fashion-mnist-mlp"](), make_rule("slots"))
+    assert without.layout.spaces == Unroll(tasks["fashion-mnist-mlp"](), make_rule("slots")).layout.spaces
+    assert without.layout.spaces.size == 64 + 32 + 10
