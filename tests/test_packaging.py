@@ -164,7 +164,8 @@ def test_wheel_holds_the_expected_files(wheel: Path) -> None:
     """All modules, weights and data; no tests, no examples, nothing left behind by a run."""
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "gmn_optim").rglob("*.py")}
     weights = {f"gmn_optim/pretrained/{path.name}" for path in (ROOT / "pretrained").glob("*.*") if path.is_file()}
-    data = {f"gmn_optim/tasks/data/{name}" for name in ("fashion_mnist_8x8.npz", "NOTICE.md")}
+    data = {path.relative_to(ROOT).as_posix() for path in (ROOT / "gmn_optim" / "tasks" / "data").glob("*.npz")}
+    data.add("gmn_optim/tasks/data/NOTICE.md")
     with zipfile.ZipFile(wheel) as archive:
         found = {name for name in archive.namelist() if ".dist-info/" not in name}
     documents = {name for name in weights if name.endswith(".md")}

@@ -49,7 +49,9 @@ def channel_scales(chunk: Chunk, channels: tuple[Tensor, ...]) -> Tensor:
     if len(tiles) == 1:
         stacked = _stack(channels, tiles[0])
         return root(chunk.mean_per_segment(stacked * stacked))
-    squares = [_stack(channels, tile).square_().sum(0, keepdim=True) for tile in tiles]
+    stacks = (_stack(channels, tile) for tile in tiles)
+    # not square_(): vmap has no rule for it, and would take one training after the other
+    squares = [stack.mul_(stack).sum(0, keepdim=True) for stack in stacks]
     return root(torch.stack(squares).sum(0) / chunk.size)
 
 

@@ -1,11 +1,30 @@
 """Inner problems for meta-training and evaluation, by name."""
 
-from gmn_optim.tasks import family as family
-from gmn_optim.tasks import image_mlp as image_mlp
+from gmn_optim.tasks import meta_test_tasks as meta_test_tasks
+from gmn_optim.tasks import meta_validation_tasks as meta_validation_tasks
+from gmn_optim.tasks import mixture as mixture
 from gmn_optim.tasks import quadratic as quadratic
 from gmn_optim.tasks.base import AbstractTask as AbstractTask
 from gmn_optim.tasks.base import tasks as tasks
+from gmn_optim.tasks.byte_transformer import ByteTransformerTask as ByteTransformerTask
+from gmn_optim.tasks.data_folder import load_cifar10 as load_cifar10
+from gmn_optim.tasks.data_folder import load_digits as load_digits
+from gmn_optim.tasks.data_folder import load_fashion_mnist as load_fashion_mnist
+from gmn_optim.tasks.data_folder import load_mnist as load_mnist
 from gmn_optim.tasks.datasets import ImageData as ImageData
+from gmn_optim.tasks.datasets import TableData as TableData
 from gmn_optim.tasks.datasets import load_fashion_mnist_8x8 as load_fashion_mnist_8x8
+from gmn_optim.tasks.datasets import load_fashion_mnist_14x14 as load_fashion_mnist_14x14
+from gmn_optim.tasks.datasets import load_letters as load_letters
+from gmn_optim.tasks.datasets import load_photograph as load_photograph
+from gmn_optim.tasks.datasets import load_text as load_text
 from gmn_optim.tasks.family import AbstractTaskFamily as AbstractTaskFamily
 from gmn_optim.tasks.family import families as families
+from gmn_optim.tasks.image_cnn import ImageCNNTask as ImageCNNTask
+from gmn_optim.tasks.image_fit import ImageFitTask as ImageFitTask
+from gmn_optim.tasks.image_mlp import ImageMLPTask as ImageMLPTask
+from gmn_optim.tasks.image_regression import AutoencoderTask as AutoencoderTask
+from gmn_optim.tasks.image_regression import InpaintingTask as InpaintingTask
+from gmn_optim.tasks.supervised import SupervisedTask as SupervisedTask
+from gmn_optim.tasks.supervised import Variation as Variation
+from gmn_optim.tasks.tabular_mlp import TabularMLPTask as TabularMLPTask

@@ -1,6 +1,7 @@
 """What meta-training asks of a task: three pure methods."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -12,22 +13,24 @@ Parameters = dict[str, Tensor]
 Batch = tuple[Tensor, ...]
 Split = Literal["train", "validation", "test"]
 
-tasks: Registry[type["AbstractTask"]] = Registry("task")
+tasks: Registry[Callable[..., "AbstractTask"]] = Registry("task")
+"""What makes a task, by name: a class or a function, called without arguments."""
 
 
 class AbstractTask(ABC):
     """An inner problem: initial parameters, batches, and a loss. Randomness is passed in as a generator.
 
     Attributes:
-        name: What logs and tables call the task.
         module: The network; its own parameters are placeholders for those that are passed in.
         horizon: Steps of a full training.
         loss_limit: Losses above this count as this in meta-training, so that a failed run stays bounded.
-        loss_floor: Added to a loss before its logarithm is taken, about the least loss that matters.
+        loss_floor: Added to a loss before its logarithm is taken, so that log(loss + floor) stays tame when a task is
+            memorised: about 0.02 log(classes) for a classifier, 1e-3 of the target's variance for a squared error.
+        name: Short description, or the name in :data:`tasks`; may be set.
 
     Example:
         >>> class Parabola(AbstractTask):
-        ...     name, module, horizon, loss_limit = "parabola", nn.Identity(), 10, 100.0
+        ...     module, horizon, loss_limit = nn.Identity(), 10, 100.0
         ...     def init_parameters(self, generator):
         ...         return {"x": torch.ones(1)}
         ...     def sample_batch(self, generator, shape=()):
@@ -39,11 +42,11 @@ class AbstractTask(ABC):
         1.0
     """
 
-    name: str
     module: nn.Module
     horizon: int
     loss_limit: float
-    loss_floor: float = 0.01
+    loss_floor: float = 0.0
+    name: str = ""
 
     @abstractmethod
     def init_parameters(self, generator: torch.Generator) -> Parameters:

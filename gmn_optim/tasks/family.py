@@ -1,30 +1,29 @@
-"""Families of tasks: what meta-training draws its inner problems from."""
+"""What meta-training draws its tasks from."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 
 from gmn_optim.registry import Registry
 from gmn_optim.tasks.base import AbstractTask
 
-families: Registry[type["AbstractTaskFamily"]] = Registry("task family")
-
 
 class AbstractTaskFamily(ABC):
-    """A distribution of tasks, with fixed tasks to validate and to test on.
+    """A distribution of tasks, and fixed tasks that it does not draw.
 
     Attributes:
-        validation: Names of registered tasks on which checkpoints are chosen.
-        test: Names of registered tasks on which results are reported.
+        validation: Names in :data:`gmn_optim.tasks.tasks` of tasks on which choices are made.
+        test: Names of tasks for the final figures, on which nothing is chosen.
 
     Example:
         >>> from gmn_optim.tasks.quadratic import QuadraticTask
-        >>> class Quadratics(AbstractTaskFamily):
-        ...     validation = test = ("quadratic",)
+        >>> class Parabolas(AbstractTaskFamily):
+        ...     validation, test = ("quadratic",), ()
         ...     def sample(self, generator):
-        ...         return QuadraticTask(size=int(torch.randint(2, 9, (), generator=generator)))
-        >>> Quadratics().sample(torch.Generator().manual_seed(0)).name
-        'quadratic'
+        ...         return QuadraticTask(size=int(torch.randint(1, 9, (), generator=generator)))
+        >>> type(Parabolas().sample(torch.Generator())).__name__
+        'QuadraticTask'
     """
 
     validation: tuple[str, ...]
@@ -32,4 +31,7 @@ class AbstractTaskFamily(ABC):
 
     @abstractmethod
     def sample(self, generator: torch.Generator) -> AbstractTask:
-        """Return a task drawn from the generator alone."""
+        """Return a task, drawn from ``generator`` alone."""
+
+
+families: Registry[Callable[[], AbstractTaskFamily]] = Registry("family of tasks")

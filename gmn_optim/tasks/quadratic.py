@@ -44,7 +44,6 @@ class QuadraticTask(AbstractTask):
         horizon: int = 20,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.name = "quadratic"
         self.module = _Point(size, dtype)
         self.curvatures = torch.logspace(0.0, torch.tensor(condition).log10().item(), size, dtype=dtype)
         self.noise = noise

@@ -42,7 +42,7 @@ def test_training_and_held_out_images_do_not_overlap():
     task = tasks["fashion-mnist-mlp"]()
     validation, test = task.held_out("validation"), task.held_out("test")
     assert len(validation[1]) == 5_000 and len(test[1]) == 10_000
-    assert len(task._train_labels) == 55_000
+    assert len(task.data.train.targets) == 55_000
 
 
 def test_adam_on_fashion_mnist_trains_as_torch_does():

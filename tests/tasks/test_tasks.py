@@ -5,6 +5,7 @@ import torch
 from torch.func import grad, vmap
 from torch.utils._pytree import tree_map
 
+from gmn_optim.errors import DataError
 from gmn_optim.metatrain import Unroll
 from gmn_optim.rule import UpdateRule
 from gmn_optim.tasks import AbstractTask, tasks
@@ -15,8 +16,11 @@ COPIES = 3
 
 @pytest.fixture(name="task", params=list(TASKS))
 def fixture_task(request: pytest.FixtureRequest) -> AbstractTask:
-    """Return every task in turn."""
-    return tasks[request.param]()
+    """Return every task in turn, but for those whose data are not here."""
+    try:
+        return tasks[request.param]()
+    except DataError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(name="case")
@@ -80,17 +84,22 @@ def test_held_out_sets_stay_the_same_and_differ_from_each_other(task: AbstractTa
     assert validation.shape != test.shape or not torch.equal(validation, test)
 
 
-def test_gradient_descent_lowers_the_held_out_loss(task: AbstractTask, case: TaskCase) -> None:
+def test_adam_lowers_the_held_out_loss(task: AbstractTask, case: TaskCase) -> None:
     generator, held_out = seeded(), task.held_out("validation")
-    parameters = task.init_parameters(generator)
-    before = task.loss(parameters, held_out)
-    for _ in range(20):
-        gradients = grad(task.loss)(parameters, task.sample_batch(generator))
-        parameters = {name: value - case.lr * gradients[name] for name, value in parameters.items()}
-    assert task.loss(parameters, held_out) < 0.9 * before
+    parameters = {name: value.requires_grad_() for name, value in task.init_parameters(generator).items()}
+    optimizer = torch.optim.Adam(parameters.values(), case.lr)
+    losses = []
+    for _ in range(40):
+        losses.append(task.loss(parameters, task.sample_batch(generator)))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert torch.stack(losses).isfinite().all()
+    with torch.no_grad():
+        assert task.loss(parameters, held_out) < 0.95 * task.loss(task.init_parameters(seeded()), held_out)
 
 
-@pytest.mark.parametrize("arm", ["adam", "slots", "moments"])
+@pytest.mark.parametrize("arm", ["adam", "kronecker_adam", "slots", "moments"])
 def test_rules_train_many_copies_side_by_side(task: AbstractTask, arm: str) -> None:
     unroll, generator = Unroll(task, UpdateRule(ARMS[arm])), seeded()
     state, batches = unroll.start(generator, COPIES), unroll.batches(generator, 5, COPIES)
