@@ -1,4 +1,4 @@
-"""The command line: ``gmn-optim list``, ``show``, ``meta-train``, ``validate`` and ``export``."""
+"""The command line: ``gmn-optim list``, ``show``, ``meta-train``, ``validate``, ``export`` and ``compare``."""
 
 import argparse
 import json
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gmn_optim.cli_meta_train import add_meta_train, add_validate
+from gmn_optim.comparison.command import add_compare
 from gmn_optim.errors import GMNError, InvalidArgumentError
 from gmn_optim.report import format_table
 from gmn_optim.rule import RuleConfig
@@ -23,20 +24,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"gmn-optim: {error}\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("gmn-optim: interrupted; the same command goes on from the newest checkpoint\n")
+        sys.stderr.write("gmn-optim: interrupted; the same command goes on from there\n")
         return 130
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
-    parser = argparse.ArgumentParser(prog="gmn-optim", description="Learned optimizers: weights and meta-training.")
+    parser = argparse.ArgumentParser(
+        prog="gmn-optim", description="Learned optimizers: weights, meta-training, comparison."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_list(commands)
     _add_show(commands)
     add_meta_train(commands)
     add_validate(commands)
     _add_export(commands)
+    add_compare(commands)
     return parser
 
 

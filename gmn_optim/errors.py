@@ -55,7 +55,7 @@ class DataError(GMNError, ValueError):
 
 
 class CheckpointError(GMNError, ValueError):
-    """A meta-training checkpoint cannot be continued with these settings."""
+    """A meta-training run, or a comparison, cannot be continued with these settings."""
 
 
 class MetaTrainingError(GMNError, RuntimeError):

@@ -31,9 +31,10 @@ ALLOWED = {
 FORBIDDEN = {
     "capture": ["nn"],
     "nn": ["capture"],
-    "optimizer": ["tasks", "metatrain", "cli"],
-    "metatrain": ["optimizer", "stepping", "places", "routing", "explanation"],
-    "tasks": ["metatrain", "optimizer", "stepping", "places", "routing", "explanation", "nn", "rule"],
+    "optimizer": ["tasks", "metatrain", "comparison", "cli"],
+    "metatrain": ["comparison", "optimizer", "stepping", "places", "routing", "explanation"],
+    "comparison": ["cli"],
+    "tasks": ["comparison", "metatrain", "optimizer", "stepping", "places", "routing", "explanation", "nn", "rule"],
     "testing": ["metatrain"],
 }
 

@@ -15,6 +15,7 @@ PACKAGE = Path(gmn_optim.__file__).parent
 PUBLIC_MODULES = [
     "gmn_optim",
     "gmn_optim.capture",
+    "gmn_optim.comparison",
     "gmn_optim.nn",
     "gmn_optim.metatrain",
     "gmn_optim.tasks",
@@ -86,7 +87,7 @@ def test_the_library_prints_nothing_and_unpickles_nothing():
 
 
 def test_importing_the_package_loads_neither_tasks_nor_meta_training():
-    heavy = "('gmn_optim.tasks', 'gmn_optim.metatrain')"
+    heavy = "('gmn_optim.tasks', 'gmn_optim.metatrain', 'gmn_optim.comparison')"
     code = f"import sys, gmn_optim; print([m for m in sys.modules if m.startswith({heavy})])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
