@@ -8,9 +8,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from gmn_optim.cli_cards import family_table, steps_table
 from gmn_optim.cli_rule import add_rule_options, read_rule_options
 from gmn_optim.errors import InvalidArgumentError
-from gmn_optim.report import format_table
 
 
 def add_meta_train(commands: Any) -> None:
@@ -46,6 +46,7 @@ def add_validate(commands: Any) -> None:
     )
     command.add_argument("folder", type=Path, help="folder of a meta-training run over a family")
     command.add_argument("--step", type=int, action="append", default=[], help="outer step; all that were kept if none")
+    command.add_argument("--tasks", nargs="+", default=[], metavar="NAME", help="validation tasks; all if none")
     command.add_argument("--horizon", type=int, help="most inner steps of a training; the task's horizon if none")
     command.add_argument("--every", type=int, default=50, help="inner steps between two measurements")
     command.add_argument("--seeds", type=int, nargs="+", default=[10_001, 10_002], help="of the trainings")
@@ -166,12 +167,14 @@ def _meta_train_on_family(options: argparse.Namespace) -> None:
 
 def _validate(options: argparse.Namespace) -> None:
     """Measure the kept meta-parameters of a run over a family."""
+    from gmn_optim.metatrain.choice import choose_summary
     from gmn_optim.metatrain.family_evaluation import Protocol
     from gmn_optim.metatrain.validation import Validation
 
     _set_threads(options)
     protocol = Protocol(tuple(options.seeds), options.horizon, options.every)
-    found = Validation(options.folder, protocol).run(options.step, progress=not options.quiet)
-    rows = [("outer step", "fewer steps than the nominal term", "worst final loss, over its")]
-    rows += [(str(step), f"{each.factor:.3f}x", f"{each.worst_ratio:.3f}") for step, each in found.items()]
-    sys.stdout.write(format_table(rows) + "\n")
+    validation = Validation(options.folder, protocol, names=options.tasks)
+    found = {step: each.to_dict() for step, each in validation.run(options.step, not options.quiet).items()}
+    choice = choose_summary([{"step": step, **figures} for step, figures in found.items()])
+    best = family_table(found[choice.summary["step"]])
+    sys.stdout.write(f"{steps_table(found)}\n\nBest: {choice.reason}.\n\n{best}\n")

@@ -5,14 +5,15 @@ from typing import Any
 
 from gmn_optim.rule import RuleConfig
 
-ARMS = ("nominal", "ds", "ds+gmn")
+ARMS = {"nominal": None, "ds": "ds", "ds+gmn": "ds", "eigenbasis": "eigenbasis", "eigenbasis+gmn": "eigenbasis"}
+"""The body of each arm; those that end so have a GradMetaNet."""
 
 
 def add_rule_options(group: Any) -> None:
     """Add the options that describe an update rule."""
     default = RuleConfig()
     group.add_argument(
-        "--arm", choices=ARMS, default="ds+gmn", help="nominal term alone, learned body, with GradMetaNet"
+        "--arm", choices=tuple(ARMS), default="ds+gmn", help="nominal term alone, learned body, with GradMetaNet"
     )
     group.add_argument("--nominal", default=default.nominal, help="nominal term")
     group.add_argument("--memory", default=default.memory, help="factor memory")
@@ -42,8 +43,8 @@ def read_rule_options(options: argparse.Namespace) -> RuleConfig:
     )
     return RuleConfig(
         nominal=options.nominal,
-        body=None if options.arm == "nominal" else "ds",
-        gradmetanet=gradmetanet if options.arm == "ds+gmn" else None,
+        body=ARMS[options.arm],
+        gradmetanet=gradmetanet if options.arm.endswith("+gmn") else None,
         memory=options.memory,
         data_points=options.data_points,
         width=options.width,

@@ -19,7 +19,10 @@ from gmn_optim.places import (
 )
 from gmn_optim.report import Summary, SummaryRow, describe_spaces
 from gmn_optim.rule import RuleConfig, Segment
+from gmn_optim.rule.matrices import find_matrices
 from gmn_optim.rule.nominal import nominal_terms
+
+MATRICES_ALONE = "the learned term serves matrices alone, each with its bias"
 
 
 class Routing:
@@ -56,11 +59,25 @@ class Routing:
         """Return whether the learned term serves a parameter, and why or why not."""
         if self._config.body is None:
             return False, "the rule has no learned term"
-        if self._config.gradmetanet is None:
+        if not self._config.needs_factors:
             return True, "the rule needs no factors"
         if not parameter.requires_grad:
             return False, "frozen"
         return self._of_layer(parameter)
+
+    def of_each(self, groups: Groups) -> dict[int, tuple[bool, str]]:
+        """Return for each trained parameter, by identity, what :meth:`of` says, given what stands beside it.
+
+        A body in the eigenbasis serves a weight, with its bias where both take the same steps, and nothing else.
+        """
+        found = {id(parameter): self.of(parameter) for parameter in parameters_in(groups)}
+        if not self._config.in_eigenbasis:
+            return found
+        weights = self._weights(groups)
+        return {
+            key: found[weights[key]] if key in weights else (False, MATRICES_ALONE if served else reason)
+            for key, (served, reason) in found.items()
+        }
 
     def _of_layer(self, parameter: Tensor) -> tuple[bool, str]:
         """Return whether the factors of a parameter's layer serve it, and why or why not."""
@@ -82,14 +99,17 @@ class Routing:
 
     def summary(self, groups: Groups, spaces: bool = False) -> Summary:
         """Return a row for each parameter in the groups and, if asked for, for each neuron space known so far."""
-        names, bases = name_parameters(self._model, groups), self._bases(groups)
-        rows = tuple(self._row(parameter, names[id(parameter)], bases) for parameter in parameters_in(groups))
+        names, bases, verdicts = name_parameters(self._model, groups), self._bases(groups), self.of_each(groups)
+        rows = tuple(
+            self._row(parameter, names[id(parameter)], verdicts[id(parameter)], bases)
+            for parameter in parameters_in(groups)
+        )
         found = None if self._capture is None or not spaces else spaces_of(self._capture, set(self._layers.values()))
         return Summary(rows, describe_spaces(found) if found is not None else ())
 
-    def _row(self, parameter: Tensor, name: str, bases: Mapping[str, str]) -> SummaryRow:
+    def _row(self, parameter: Tensor, name: str, verdict: tuple[bool, str], bases: Mapping[str, str]) -> SummaryRow:
         """Return one parameter's row."""
-        learned, reason = self.of(parameter)
+        learned, reason = verdict
         kind = self._kinds.get(id(parameter), "(outside the model)")
         who = self._config.arm if learned else self._config.nominal
         if name in bases:
@@ -100,8 +120,25 @@ class Routing:
         """Return by name what the basis of each trained parameter is made from, if the nominal term has bases."""
         if not nominal_terms[self._config.nominal].uses_factors:
             return {}
-        names, places = name_parameters(self._model, groups), find_places(self._capture, self._verdicts)
+        names = name_parameters(self._model, groups)
         parameters = {names[id(p)]: p for p in parameters_in(groups) if p.requires_grad}
+        return basis_sources(self._segments(groups, names), lambda name: self._of_layer(parameters[name]))
+
+    def _weights(self, groups: Groups) -> dict[int, int]:
+        """Return, for each weight that is no table and for its bias, the identity of the weight."""
+        names = name_parameters(self._model, groups)
+        keys, clocks = {name: key for key, name in names.items()}, self._segments(groups, names)
+        weights = {}
+        for matrix in find_matrices(clocks):
+            if matrix.weight.role == "weight":
+                parts = [part for part in (matrix.place, matrix.bias) if part is not None]
+                owned = [clocks[part.chunk][1][part.segment].name for part in parts]
+                weights.update({keys[name]: keys[matrix.weight.name] for name in owned})
+        return weights
+
+    def _segments(self, groups: Groups, names: Mapping[int, str]) -> list[tuple[int, list[Segment]]]:
+        """Return the trained parameters, those together that take the same steps."""
+        places = find_places(self._capture, self._verdicts)
         clocks: dict[int, list[Segment]] = {}
         for number, group in enumerate(groups):
             of_group = clocks.setdefault(-1 if group["momentum"] is None else number, [])
@@ -109,11 +146,12 @@ class Routing:
                 if parameter.requires_grad:
                     place = places.get(id(parameter), NOWHERE)
                     of_group.append(Segment(names[id(parameter)], tuple(parameter.shape), *place[:-1]))
-        return basis_sources([*clocks.items()], lambda name: self._of_layer(parameters[name]))
+        return [*clocks.items()]
 
     def served_share(self, groups: Groups) -> float:
         """Return the share of the elements in the groups that the learned term serves."""
-        served = sum(parameter.numel() for parameter in parameters_in(groups) if self.of(parameter)[0])
+        verdicts = self.of_each(groups)
+        served = sum(parameter.numel() for parameter in parameters_in(groups) if verdicts[id(parameter)][0])
         return served / max(sum(parameter.numel() for parameter in parameters_in(groups)), 1)
 
 

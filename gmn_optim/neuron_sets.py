@@ -39,7 +39,7 @@ def gather_neurons(gradients: Mapping[str, DecomposedGradient], spaces: NeuronSp
     """
     tables = {ports.name for ports in spaces.layers if ports.structure == "table"}
     flat = {ports.name: _flatten_rows(gradients[ports.name], ports.name in tables) for ports in spaces.layers}
-    chosen = _choose_rows(flat, rows)
+    chosen = choose_rows(flat, rows)
     own = [_own_factors(space, flat, chosen) for space in spaces.spaces]
     if spaces.streams:
         own = _with_loans(own, spaces)
@@ -79,8 +79,19 @@ def _flatten_rows(gradient: DecomposedGradient, is_table: bool) -> tuple[Tensor,
     return (a, g) if len(a) else (a.new_zeros(1, a.shape[1]), g.new_zeros(1, g.shape[1]))
 
 
-def _choose_rows(flat: Mapping[str, tuple[Tensor, Tensor]], rows: int) -> dict[str, Tensor]:
-    """Return, for every layer, the chosen row numbers; layers with equal numbers of rows share them."""
+def choose_rows(flat: Mapping[str, tuple[Tensor, Tensor]], rows: int) -> dict[str, Tensor]:
+    """Return, for every layer, the numbers (rows) of rows at evenly spaced ranks of the norm of their backprops.
+
+    Layers with equal numbers of rows share them: the norm is taken over all of those.
+
+    Args:
+        flat: Layer name to activations (R, i) and backprops (R, o).
+        rows: How many; fewer rows than that are repeated.
+
+    Example:
+        >>> choose_rows({"0": (torch.ones(3, 1), torch.tensor([[3.0], [1.0], [2.0]]))}, 3)["0"].tolist()
+        [1, 2, 0]
+    """
     norms: dict[int, Tensor] = {}
     for a, g in flat.values():
         norm = torch.stack([a.square().sum(-1), g.square().sum(-1)])

@@ -48,7 +48,7 @@ class GMNOptimizer(torch.optim.Optimizer):
         model: The module that is trained. Its parameters alone are not enough.
         params: What to train, as any torch optimizer takes it: parameters, named parameters, or groups. None for all.
         weights: Name, alias or path of weights, weights from :func:`load_weights`, or None for a nominal term alone:
-            with ``nominal="kronecker_adam"`` an optimizer that needs no meta-training, and far fewer steps than Adam.
+            with ``nominal="kronecker_schedule_free"`` an optimizer that needs no meta-training and no schedule.
         lr: Multiplies the learned step; 1.0 is as meta-trained. Every LR scheduler works on it. With ``weights=None``
             it is the ordinary step size of the nominal term. None for 1.0, or the nominal term's own default.
         weight_decay: Decoupled; each step shrinks parameters by the share ``lr * alpha * weight_decay``, where alpha is
@@ -56,7 +56,8 @@ class GMNOptimizer(torch.optim.Optimizer):
         maximize: Whether to climb instead of descend.
         momentum: Decay of the nominal term's average of gradients, in place of the meta-learned one; schedulers that
             cycle momentum set it. None leaves it as meta-trained.
-        nominal: Name of the nominal term, only with ``weights=None``: ``momentum``, ``adam`` or ``kronecker_adam``.
+        nominal: Name of the nominal term, only with ``weights=None``: ``momentum``, ``adam``, ``kronecker_adam`` or
+            ``kronecker_schedule_free``.
         rows: The most rows (data points times positions) whose factors are kept for a layer between backward and step;
             None for all. They are of the same data points in all layers, at evenly spaced ranks of the backprops' norm.
         seed: Of the random probe that checks factors against gradients. No other randomness is used.
@@ -176,7 +177,7 @@ class GMNOptimizer(torch.optim.Optimizer):
     def summary(self, spaces: bool = False) -> Summary:
         """Return a table with a row for each parameter: its shape, the kind of layer, who updates it, and why.
 
-        Under the nominal term ``kronecker_adam`` the reason says what each parameter's basis is made from.
+        Under a nominal term with bases the reason says what each parameter's basis is made from.
 
         Args:
             spaces: Whether to list the neuron spaces too, as far as forward passes have shown them.
@@ -311,7 +312,7 @@ class GMNOptimizer(torch.optim.Optimizer):
 
     def _warn_of_misses(self, active: Sequence[ActiveParameter]) -> None:
         """Warn once of layers that take part in this step, and whose gradient their factors do not explain."""
-        if self._rule.config.gradmetanet is not None and self._capture is not None and not self._capture.closed:
+        if self._rule.config.needs_factors and self._capture is not None and not self._capture.closed:
             taking_part = [{"params": [each.parameter for each in active]}]
             warn_of_misses(self._verdicts, self._warned, self._capture, taking_part)
 

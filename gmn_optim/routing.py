@@ -64,12 +64,15 @@ def find_active(
         >>> [each.place.role for each in find_active({id(weight): "w"}, [{"params": [weight]}], {}, StepLog())]
         ['other']
     """
-    with_gradient = [
-        ActiveParameter(names[id(parameter)], parameter, group, number, places.get(id(parameter), NOWHERE))
+    found = {
+        id(parameter): ActiveParameter(
+            names[id(parameter)], parameter, group, number, places.get(id(parameter), NOWHERE)
+        )
         for number, group in enumerate(groups)
         for parameter in group["params"]
         if parameter.grad is not None and parameter.numel()
-    ]
+    }
+    with_gradient = [*found.values()]  # torch lets a parameter stand twice in a group
     _require_dense(with_gradient)
     finite = all_finite([each.parameter.grad for each in with_gradient])
     for each, usable in zip(with_gradient, finite, strict=True):

@@ -95,8 +95,20 @@ class Stepper:
             log: Where the step is counted.
         """
         plan = self._prepare(active, capture, state, log)
-        factors = {} if capture is None else _explained_factors(capture, active, plan.state.step)
+        factors = {} if capture is None else self._explained_factors(capture, active, plan.state.step, verdicts)
         _take(plan, active, factors, _neurons(factors, plan, active, verdicts), log)
+
+    def _explained_factors(
+        self,
+        capture: GradientCapture,
+        active: Sequence[ActiveParameter],
+        like: Tensor,
+        verdicts: Mapping[str, Verification],
+    ) -> dict[str, DecomposedGradient]:
+        """Return the factors that the rule reads, of which a body in the eigenbasis asks how large squares are."""
+        if not self._rule.config.in_eigenbasis:
+            return _explained_factors(capture.gradients(), active, like)
+        return _on_gradient_scale(_explained_factors(capture.gradients(for_squares=True), active, like), verdicts)
 
     def _prepare(
         self,
@@ -171,7 +183,7 @@ def _shows(state: StateByParameter, active: Sequence[ActiveParameter], views: Se
 
 def _chunks(active: Sequence[ActiveParameter], state: StateByParameter, config: RuleConfig) -> list[Chunk]:
     """Return chunks of parameters with the same steps taken, learned or not, momentum of their own or not."""
-    needs_factors = config.gradmetanet is not None
+    needs_factors = config.needs_factors
     bundles: dict[tuple[Any, ...], list[Segment]] = {}
     clocks: dict[tuple[Any, ...], int] = {}
     for each in active:
@@ -188,7 +200,7 @@ def _spaces(
     active: Sequence[ActiveParameter], capture: GradientCapture | None, config: RuleConfig
 ) -> NeuronSpaces | None:
     """Return the neuron spaces of the layers that take part, where the rule looks at neurons."""
-    if capture is None or config.gradmetanet is None:
+    if capture is None or not config.reads_neurons:
         return None
     return spaces_of(capture, {each.place.layer for each in active if each.place.explained})
 
@@ -197,15 +209,22 @@ def _spaces(
 
 
 def _explained_factors(
-    capture: GradientCapture, active: Sequence[ActiveParameter], like: Tensor
+    captured: Mapping[str, DecomposedGradient], active: Sequence[ActiveParameter], like: Tensor
 ) -> dict[str, DecomposedGradient]:
     """Return the captured factors of the layers whose gradient they explain, up to a scale."""
-    captured = capture.gradients()
     names = dict.fromkeys(each.place.layer for each in active if each.place.explained)
     return {
         name: DecomposedGradient(*(part.to(like) if part.is_floating_point() else part for part in captured[name]))
         for name in names
     }
+
+
+def _on_gradient_scale(
+    factors: Mapping[str, DecomposedGradient], verdicts: Mapping[str, Verification]
+) -> dict[str, DecomposedGradient]:
+    """Return factors on the scale of the gradients, which clipping or a scaled loss may have changed since."""
+    scales = {name: verdicts[name].scale or 1.0 for name in factors}  # 0 where there is nothing to compare
+    return {name: DecomposedGradient(a, g * scales[name]) for name, (a, g) in factors.items()}
 
 
 def _neurons(

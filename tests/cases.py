@@ -21,6 +21,9 @@ LEARNED = [name for name, config in ARMS.items() if config.body is not None]
 SOME = ["adam", "momentum+ds", "slots", "moments"]
 """One arm of each kind, for tests that have much else to vary."""
 
+IN_EIGENBASIS = [name for name, config in ARMS.items() if config.in_eigenbasis]
+"""Arms whose learned term serves matrices alone, in the bases of the nominal term."""
+
 WITH_FACTORS = [name for name, config in ARMS.items() if config.gradmetanet is not None]
 """Arms that read each data point's factors."""
 

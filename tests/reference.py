@@ -283,6 +283,29 @@ def mean_outer_product(vectors: Sequence[numpy.ndarray]) -> numpy.ndarray:
     return total / numpy.mean(numpy.diag(total))
 
 
+class ScheduleFree(torch.optim.Optimizer):
+    """Steps of RMSprop with averaged iterates, all three sequences written out: z steps, x averages, y is trained."""
+
+    def __init__(self, parameters: Sequence[Tensor], lr: float, beta: float) -> None:
+        super().__init__(parameters, {"lr": lr, "beta": beta})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Take a step."""
+        for group in self.param_groups:
+            for y in group["params"]:
+                state = self.state[y]
+                if not state:
+                    state.update(number=0, z=y.clone(), x=y.clone(), v=torch.zeros_like(y))
+                state["number"] += 1
+                state["v"] = 0.995 * state["v"] + 0.005 * y.grad**2
+                root = (state["v"] / (1 - 0.995 ** state["number"])).sqrt()
+                state["z"] = state["z"] - group["lr"] * y.grad / (root + 1e-16)
+                share = 10 / (state["number"] + 9)
+                state["x"] = (1 - share) * state["x"] + share * state["z"]
+                y.copy_((1 - group["beta"]) * state["z"] + group["beta"] * state["x"])
+
+
 class KroneckerAdam:
     """Adam in an eigenbasis, one matrix (o, i) at a time, by loops over vectors and elements.
 
@@ -346,3 +369,103 @@ class KroneckerAdam:
                 cosines = (self.bases[0][:, a] @ old[0][:, c]) * (self.bases[1][:, b] @ old[1][:, d])
                 second[a, b] += cosines**2 * value
         self.second = second
+
+
+class KroneckerScheduleFree(KroneckerAdam):
+    """Schedule-free steps in an eigenbasis: the points y, z and x of one matrix (o, i), all written out.
+
+    Args:
+        start: The matrix before the first step, the column of the bias among it.
+        sides: Whether its rows and its columns have a basis.
+        due: Numbers of the steps at which the bases are made anew.
+        scale: What its steps are multiplied by.
+    """
+
+    def __init__(self, start: numpy.ndarray, sides: tuple[bool, bool], due: Sequence[int], scale: float) -> None:
+        super().__init__(start.shape, sides, due)
+        self.x, self.y, self.z, self.scale = start, start, start, scale
+
+    def move(
+        self,
+        gradient: numpy.ndarray,
+        factors: tuple[list[numpy.ndarray], list[numpy.ndarray]] | None,
+        alpha: float,
+        beta: float = 0.8,
+    ) -> numpy.ndarray:
+        """Return y after one more gradient (o, i), given vectors on both sides."""
+        normalized = self.direction(gradient, factors, betas=(0.0, 0.995))
+        self.z = self.z - alpha * self.scale * normalized
+        share = 10 / (self.step + 9)
+        self.x = (1 - share) * self.x + share * self.z
+        self.y = (1 - beta) * self.z + beta * self.x
+        return self.y
+
+
+def schedule_free_scale(weight: numpy.ndarray, inputs: int, matrices: int) -> float:
+    """Return what the steps of a matrix are multiplied by: factors of its width, the model's depth, and its size."""
+    size = root_mean_square(weight.flatten().tolist()) * math.sqrt(3 * inputs)
+    size = 1.0 if size < 0.02 else min(max(size, 0.1), 2.0)
+    return size * math.sqrt(64 / max(inputs, 16)) * math.sqrt(2 / matrices)
+
+
+def turned_noise(gradients: Sequence[Tensor], rows: Tensor, columns: Tensor) -> Tensor:
+    """Return the sum of the squares of gradients (o, i), each turned by itself, coordinate by coordinate."""
+    noise = torch.zeros_like(gradients[0])
+    for gradient in gradients:
+        for o in range(noise.shape[0]):
+            for i in range(noise.shape[1]):
+                noise[o, i] += (rows[:, o] @ gradient @ columns[:, i]) ** 2
+    return noise
+
+
+def coordinate_features(gradient: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
+    """Return the six features of each coordinate (o, i, 6), by loops over elements."""
+    outs, ins = signal.shape
+    s, q, g = signal.tolist(), noise.tolist(), gradient.tolist()
+
+    def mean(values: Sequence[float]) -> float:
+        return sum(values) / len(values)
+
+    of_all, of_noise = mean([v for row in s for v in row]), mean([v for row in q for v in row])
+    rows = []
+    for o in range(outs):
+        for i in range(ins):
+            logs = (
+                0.5 * math.log(s[o][i] / q[o][i]),
+                0.25 * math.log(s[o][i] / of_all),
+                0.25 * math.log(q[o][i] / of_noise),
+                0.25 * math.log(mean(s[o]) / of_all),
+                0.25 * math.log(mean([s[k][i] for k in range(outs)]) / of_all),
+            )
+            rows.append([*logs, g[o][i] ** 2 / (g[o][i] ** 2 + s[o][i])])
+    return torch.tensor(rows, dtype=torch.float64).view(outs, ins, 6)
+
+
+def layer_features(
+    signal: Tensor, noise: Tensor, gradient: Tensor, average: Tensor, parameters: Tensor, matrices: int
+) -> list[float]:
+    """Return the six features of a matrix (o, i), from sums over its elements."""
+    outs, ins = signal.shape
+    s, q, g, m, p = (each.flatten().tolist() for each in (signal, noise, gradient, average, parameters))
+    product = sum(a * b for a, b in zip(g, m, strict=True))
+    lengths = math.sqrt(sum(a * a for a in g)) * math.sqrt(sum(b * b for b in m))
+    return [
+        0.5 * math.log(ins / 64),
+        0.5 * math.log(outs / 32),
+        0.5 * math.log(matrices / 2),
+        0.5 * math.log(sum(s) / sum(q)),
+        3 * product / lengths,
+        0.5 * math.log(ins * sum(w * w for w in p) / len(p)),
+    ]
+
+
+def eigen_neuron_features(side: Tensor, chosen: Sequence[int]) -> tuple[list[list[list[float]]], list[list[float]]]:
+    """Return the features of a side (R, n) over the chosen rows (r, n, 2), and of its neurons (n, 2), as lists."""
+    rows, count, neurons = side.tolist(), len(side), range(side.shape[1])
+    variance = [sum(row[k] ** 2 for row in rows) / count for k in neurons]
+    scale = math.sqrt(sum(variance) / len(variance))
+    sizes = [[abs(rows[r][k]) / scale for k in neurons] for r in chosen]
+    sets = [[[size, math.log(1 + size**2)] for size in row] for row in sizes]
+    mean = [abs(sum(row[k] for row in rows) / count) for k in neurons]
+    shares = [0.25 * math.log(max(variance[k] / scale**2, 1e-7)) for k in neurons]
+    return sets, [[shares[k], 2 * mean[k] / math.sqrt(variance[k])] for k in neurons]

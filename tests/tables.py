@@ -22,6 +22,7 @@ from gmn_optim.nn import (
 from gmn_optim.rule import RuleConfig
 from gmn_optim.rule.nominal import nominal_terms
 from gmn_optim.testing import Output
+from tests.reference import ScheduleFree
 
 try:
     from transformers.pytorch_utils import Conv1D
@@ -293,6 +294,7 @@ NOMINAL_TERMS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "momentum": lambda parameters, alpha, momentum=0.9: torch.optim.SGD(parameters, alpha * (1 - momentum), momentum),
     "adam": lambda parameters, alpha, momentum=0.9: torch.optim.Adam(parameters, alpha, (momentum, 0.999)),
     "kronecker_adam": lambda parameters, alpha, momentum=0.9: torch.optim.Adam(parameters, alpha, (momentum, 0.999)),
+    "kronecker_schedule_free": lambda parameters, alpha, momentum=0.8: ScheduleFree(parameters, alpha, momentum),
 }
 """For each nominal term the torch optimizer that takes the same steps on vectors, from parameters, alpha and the decay
 of the average of gradients, see tests/rule/test_nominal.py."""
@@ -306,6 +308,7 @@ DATA_POINTS = 6
 _NET = GradMetaNetConfig(width=8)
 _MOMENTUM = dict(nominal="momentum", beta=0.1, width=8, depth=2, data_points=DATA_POINTS)
 _KRONECKER = dict(nominal="kronecker_adam", beta=0.5, width=8, depth=2, data_points=DATA_POINTS)
+_SCHEDULE_FREE = dict(nominal="kronecker_schedule_free", body="eigenbasis", width=8, data_points=DATA_POINTS)
 _ADAM = dict(nominal="adam", beta=0.5, width=8, depth=2, data_points=DATA_POINTS)
 
 ARMS: dict[str, RuleConfig] = {
@@ -316,6 +319,8 @@ ARMS: dict[str, RuleConfig] = {
     "gated": RuleConfig(**_ADAM, gradmetanet=_NET, memory="moments", gated=True),
     "kronecker_adam+gmn": RuleConfig(**_KRONECKER, gradmetanet=_NET, memory="slots"),
     "scheduled": RuleConfig(**_ADAM, gradmetanet=_NET, memory="slots", scheduled=True),
+    "eigenbasis": RuleConfig(**_SCHEDULE_FREE),
+    "eigenbasis+gmn": RuleConfig(**_SCHEDULE_FREE, gradmetanet=_NET),
 }
 """Update rules: all tests of the rule, the optimizer and the unroll run for each. A body or a memory is a row here."""
 

@@ -53,6 +53,9 @@ def test_show_json_is_the_card(capsys):
         (["meta-train", "--folder", __file__, "--task", "quadratic"], "File exists"),
         (["export", "{f}", "x"], "no readable checkpoint"),
         (["export", "{f}", "../x"], "name is '../x'"),
+        (["verify", "defautl"], "Did you mean 'default'"),
+        (["verify", "default", "--outer-steps", "-1"], "--outer-steps is -1; expected 0 or more"),
+        (["verify", "default", "--outer-steps", "1", "--quiet"], "records 0; only runs over a family have some"),
     ],
 )
 def test_a_wrong_argument_gives_one_clear_line_and_status_2(arguments, message, tmp_path, capsys):
@@ -86,7 +89,13 @@ def test_export_writes_weights_that_show_reads(tmp_path, capsys):
     assert status == 0 and out.startswith("mine\n")
 
 
-@pytest.mark.parametrize("command", [[], ["list"], ["show"], ["meta-train"], ["export"]])
+def test_verify_replays_shipped_weights(capsys):
+    status, out, err = run(["verify", "default"], capsys)
+    assert status == 0 and err == ""
+    assert "training loss" in out and out.splitlines()[-1].endswith("matches its card.")
+
+
+@pytest.mark.parametrize("command", [[], ["list"], ["show"], ["meta-train"], ["validate"], ["export"], ["verify"]])
 def test_help_explains_every_option(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*command, "--help"])

@@ -13,6 +13,7 @@ from gmn_optim.rule import UpdateRule
 from gmn_optim.tasks.base import AbstractTask, Batch, Parameters
 from tests.cases import (
     ARMS,
+    IN_EIGENBASIS,
     LEARNED,
     SOME,
     WITH_FACTORS,
@@ -32,7 +33,7 @@ EXACT = {"rtol": 1e-12, "atol": 1e-14}
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", [arm for arm in ARMS if arm not in IN_EIGENBASIS])
 @pytest.mark.parametrize("nominal", ELEMENTWISE_TERMS)
 def test_an_untrained_rule_equals_torch_step_by_step(make_model, doubles, nominal, arm) -> None:
     model, twin = make_model(torch.float64), make_model(torch.float64)
@@ -76,7 +77,8 @@ def test_a_random_rule_moves_parameters_elsewhere_than_its_nominal_term(make_mod
 def test_the_factors_matter_to_the_step(make_model, batches, arm) -> None:
     model, twin = make_model(), make_model()
     rule, deaf = make_rule(arm), make_rule(arm)
-    for parameter in deaf.gradmetanet.product.parameters():
+    heard = [deaf.body.from_inputs, deaf.body.from_outputs] if arm in IN_EIGENBASIS else [deaf.gradmetanet.product]
+    for parameter in nn.ModuleList(heard).parameters():
         parameter.zero_()
     train(model, GMNOptimizer(model, weights=rule), batches)
     train(twin, GMNOptimizer(twin, weights=deaf), batches)
@@ -275,7 +277,8 @@ def test_a_model_may_change_its_dtype_between_steps(make_model, batches, doubles
     model.double()
     train(model, optimizer, doubles[4:8])
     train(twin, optimizer_for(twin, arm), doubles[:8])
-    assert_same(model, twin, rtol=1e-3, atol=1e-4)
+    # in float32 rounding errors reach the bases of directions with little variance
+    assert_same(model, twin, **({"rtol": 0.0, "atol": 0.1} if arm in IN_EIGENBASIS else {"rtol": 1e-3, "atol": 1e-4}))
 
 
 def test_the_default_dtype_is_immaterial(make_model, batches, arm) -> None:

@@ -11,6 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from gmn_optim import GMNOptimizer
 from tests.cases import (
     ARMS,
+    IN_EIGENBASIS,
     SOME,
     WITH_FACTORS,
     LooseParameters,
@@ -253,7 +254,9 @@ def test_equal_runs_are_equal_bit_by_bit(make_model, batches, arm) -> None:
     train(model, optimizer_for(model, arm), batches)
     torch.randn(17)
     train(twin, optimizer_for(twin, arm, seed=1), batches)
-    if arm in WITH_FACTORS:  # the seed moves the scale that the probe measures by a rounding error
+    if (
+        arm in WITH_FACTORS or arm in IN_EIGENBASIS
+    ):  # the seed moves the scale that the probe measures by a rounding error
         assert_same(model, twin, rtol=1e-3, atol=1e-4)
     else:
         assert_same(model, twin)

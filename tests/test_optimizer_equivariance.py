@@ -13,6 +13,7 @@ from tests import models
 from tests.cases import (
     ARMS,
     DATA_POINTS,
+    IN_EIGENBASIS,
     LEARNED,
     MODELS,
     SOME,
@@ -82,7 +83,7 @@ def test_permuting_hidden_neurons_commutes_with_training_at_any_batch_size(memor
 
 
 @pytest.mark.parametrize("size", BATCH_SIZES)
-@pytest.mark.parametrize("arm", SOME)
+@pytest.mark.parametrize("arm", [*SOME, *IN_EIGENBASIS])
 def test_the_order_of_the_data_points_is_immaterial(arm, size) -> None:
     model, batches = doubled("relu", size)
     twin, generator = copy.deepcopy(model), torch.Generator().manual_seed(7)

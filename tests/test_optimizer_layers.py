@@ -11,6 +11,7 @@ from gmn_optim import CaptureWarning, GMNOptimizer
 from gmn_optim.capture.adapters import require_adapter
 from tests.cases import (
     ARMS,
+    IN_EIGENBASIS,
     LEARNED,
     MODELS,
     SOME,
@@ -45,6 +46,61 @@ def test_the_learned_term_serves_what_it_can_and_says_why_not(case, arm) -> None
     assert {row.updated_by for name, row in rows.items() if name not in wanted} <= {config.nominal}
     assert all(row.because for row in rows.values())
     assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+SERVED_IN_EIGENBASIS = {
+    "relu": {"0.weight", "0.bias", "2.weight", "2.bias", "4.weight", "4.bias"},
+    "no biases": {"0.weight", "2.weight"},
+    "layer norm": {"0.weight", "0.bias", "2.weight", "2.bias"},
+    "batch norm": {"0.weight", "0.bias", "2.weight", "2.bias"},
+    "convolution": {"0.weight", "0.bias", "3.weight", "3.bias"},
+    "embedding": {"2.weight", "2.bias"},
+    "loose": {"layer.weight", "layer.bias"},
+    "tied": {"first.weight", "last.weight", "last.bias"},
+    "mixed kinds": {"last.weight", "last.bias"},
+    "bags": {"2.weight", "2.bias"},
+}
+
+
+@pytest.mark.parametrize("name", SERVED_IN_EIGENBASIS)
+@pytest.mark.parametrize("arm", IN_EIGENBASIS)
+def test_in_the_eigenbasis_the_summary_names_those_whose_steps_the_learned_term_changes(arm, name) -> None:
+    model, batches = make_case(MODELS[name], 1)
+    model, batches = model.double(), [b.double() if b.is_floating_point() else b for b in batches]
+    twin, rule = copy.deepcopy(model), make_rule(arm)
+    optimizer = GMNOptimizer(model, weights=rule)
+    train(model, optimizer, batches)
+    train(twin, GMNOptimizer(twin, weights=without_learned_term(rule)), batches)
+    changed = {each for each, value in snapshot(model).items() if not torch.equal(value, snapshot(twin)[each])}
+    rows = {row.parameter: row for row in optimizer.summary().rows}
+    served = {each for each, row in rows.items() if row.updated_by == ARMS[arm].arm}
+    assert changed == served == SERVED_IN_EIGENBASIS[name]
+    assert {row.updated_by for each, row in rows.items() if each not in served} <= {ARMS[arm].nominal}
+    sizes = {each: parameter.numel() for each, parameter in model.named_parameters()}
+    assert optimizer.stats().served_share == sum(sizes[each] for each in served) / sum(sizes.values())
+
+
+@pytest.mark.parametrize("arm", IN_EIGENBASIS)
+def test_in_the_eigenbasis_the_summary_says_why_others_get_the_nominal_term(arm) -> None:
+    model, batches = make_case(MODELS["bags"], 1)
+    optimizer = optimizer_for(model, arm)
+    train(model, optimizer, batches)
+    reasons = {row.parameter: row.because.split(";")[0] for row in optimizer.summary().rows}
+    assert reasons["0.weight"] == reasons["1.weight"] == "the learned term serves matrices alone, each with its bias"
+    assert reasons["2.bias"] == "its factors explain its gradient"
+    optimizer.close()
+    assert {row.because.split(";")[0] for row in optimizer.summary().rows} == {"the optimizer is closed"}
+    assert optimizer.stats().served_share == 0.0
+
+
+@pytest.mark.parametrize("arm", IN_EIGENBASIS)
+def test_in_the_eigenbasis_a_bias_with_a_momentum_of_its_own_is_not_served(make_model, doubles, arm) -> None:
+    model = make_model(torch.float64)
+    weights, biases = ([p for p in model.parameters() if p.dim() == dims] for dims in (2, 1))
+    optimizer = optimizer_for(model, arm, params=[{"params": weights}, {"params": biases, "momentum": 0.7}])
+    train(model, optimizer, doubles[:2])
+    served = {row.parameter for row in optimizer.summary().rows if row.updated_by == ARMS[arm].arm}
+    assert served == {"0.weight", "2.weight", "4.weight"}
 
 
 VARIANTS = [

@@ -160,19 +160,23 @@ class GradientCapture:
         finally:
             self.enabled = enabled
 
-    def gradients(self) -> GradientSet:
+    def gradients(self, *, for_squares: bool = False) -> GradientSet:
         """Return the decomposed gradients of the backward passes since the last :meth:`clear`.
 
         Passes before ``zero_grad()`` do not count. After ``zero_grad(set_to_none=False)`` only :meth:`verify` can
         tell; call it first. Layers of different kinds with one weight (an embedding and the last layer) are reported
         one by one, each with its share of the gradient.
+
+        Args:
+            for_squares: Where ``rows`` left out some, whether backprops are scaled so that the sum over rows of
+                squared gradients is about that of all, instead of the sum of gradients.
         """
         factors, recompositions = {}, {}
         for group in self._groups().values():
             records = self._recorder.store.of(group.weight) if group.adds_up else []
             for name, (first, *_) in group.kinds().items():
                 if found := [record for record in records if record.kind is first.adapter]:
-                    factors[name] = assemble_factors(found)
+                    factors[name] = assemble_factors([each.for_squares() for each in found] if for_squares else found)
                     recompositions[name] = partial(_recompose, first, group.parameters)
         return GradientSet(factors, recompositions)
 

@@ -132,7 +132,8 @@ class Recorder:
         kept = adapter.decompose(module, call.layer_input, call.output_gradient, choice)
         _require_pairs(use.layer.name, kept)
         onto = trainable.grad is not None
-        self.store.add(Record(weakref.ref(weight), adapter, use.forward, use.call, use.backward, kept, sums, onto))
+        place = weakref.ref(weight), adapter, use.forward, use.call, use.backward
+        self.store.add(Record(*place, kept, sums, onto, choice.scale))
 
     def see_loss(self, weight: nn.Parameter) -> None:
         """Note that a use of a weight left no rows."""

@@ -1,5 +1,6 @@
 """What backward passes leave behind of each layer, and how that is put together to factors."""
 
+import math
 import weakref
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ class Record(NamedTuple):
         factors: What is kept of it: activations (b, p, i) and backprops (b, p, o).
         sums: The probe's sums over all rows, also those that are not kept.
         onto_gradient: Whether ``.grad`` held something when the backward pass came.
+        row_scale: What the kept backprops were multiplied by for the rows that were left out.
     """
 
     weight: weakref.ref[nn.Parameter]
@@ -33,6 +35,14 @@ class Record(NamedTuple):
     factors: DecomposedGradient
     sums: ProbeSums
     onto_gradient: bool
+    row_scale: float = 1.0
+
+    def for_squares(self) -> "Record":
+        """Return the record with factors whose sum of squares, not whose sum, is about that of all rows."""
+        if self.row_scale == 1.0:
+            return self
+        activations, backprops = self.factors
+        return self._replace(factors=DecomposedGradient(activations, backprops / math.sqrt(self.row_scale)))
 
 
 class RecordStore:

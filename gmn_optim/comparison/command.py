@@ -27,6 +27,7 @@ def add_compare(commands: Any) -> None:
     command.add_argument("--tuning-seeds", type=int, default=2, help="trainings at each point of a grid")
     command.add_argument("--steps", type=int, help="of a training; by default the task's horizon")
     command.add_argument("--every", type=int, default=20, help="steps between two measurements")
+    command.add_argument("--examples", type=int, default=2_000, help="of a held-out set at most")
     command.add_argument("--rounds", type=int, default=5, help="of the timing against Adam; 0 for none")
     command.add_argument("--threads", type=int, default=1, help="processor threads of every arm")
     command.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -44,7 +45,7 @@ def run_compare(options: argparse.Namespace) -> None:
     if options.report is not None:
         found = report(options.report)
     elif options.task:
-        names = ("seeds", "tuning_seeds", "steps", "every", "rounds", "threads")
+        names = ("seeds", "tuning_seeds", "steps", "every", "examples", "rounds", "threads")
         protocol = Protocol(**{name: getattr(options, name) for name in names})
         chosen = options.arms or list(arms)
         found = compare(options.task, chosen, folder=options.out, protocol=protocol, progress=not options.quiet)

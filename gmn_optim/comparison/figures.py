@@ -9,7 +9,7 @@ import torch
 
 from gmn_optim.comparison.arms import Setting
 from gmn_optim.comparison.record import Record, Training
-from gmn_optim.comparison.tuning import best_setting, is_at_edge
+from gmn_optim.comparison.tuning import Score, best_setting, is_at_edge
 from gmn_optim.metatrain.evaluation import Curves
 
 STRONG_ARMS = ("adamw-cosine", "muon", "soap", "kfac")
@@ -137,21 +137,47 @@ def overall_figures(tasks: Sequence[TaskFigures]) -> dict[str, OverallFigures]:
     return {name: _overall(name, [task for task in tasks if name in task.arms]) for name in names}
 
 
-def validation_losses(trainings: Iterable[Training]) -> dict[Setting, float]:
-    """Return the lowest point of each setting's mean validation curve.
+def validation_scores(trainings: Iterable[Training], target: float | None = None) -> dict[Setting, Score]:
+    """Return what settings are chosen by: the steps to a target, then the lowest loss, of the mean validation curve.
+
+    Args:
+        trainings: Those of tuning.
+        target: What is to be reached, or None if only the loss counts: for Adam, whose lowest loss is the target.
 
     Example:
         >>> from gmn_optim.comparison.training import Measurements
         >>> record = Record(None)
         >>> found = Measurements([2.0, 1.0, 1.5], [math.nan, 2.0, 1.0], seconds=0.1)
         >>> record.add(Training("any", "adam", Setting(0.1), 0, "validation", 10, False, found))
-        >>> validation_losses(record.trainings.values())
-        {Setting(lr=0.1, options=()): 1.0}
+        >>> validation_scores(record.trainings.values(), target=1.5)
+        {Setting(lr=0.1, options=()): (5.0, 1.0)}
     """
     groups: dict[Setting, list[Training]] = {}
     for each in trainings:
         groups.setdefault(each.setting, []).append(each)
-    return {setting: min(mean_curve(group)) for setting, group in groups.items()}
+    curves = {setting: mean_curve(group) for setting, group in groups.items()}
+    every = {setting: group[0].every for setting, group in groups.items()}
+    return {s: (0.0 if target is None else crossing(c, target) * every[s], min(c)) for s, c in curves.items()}
+
+
+def validation_target(record: Record, task: str) -> float | None:
+    """Return the lowest point of Adam's mean validation curves, None before Adam was tuned."""
+    scores = validation_scores(record.of(task, "adam", "validation"))
+    return min((loss for _, loss in scores.values()), default=None)
+
+
+def crossing(curve: Sequence[float], target: float) -> float:
+    """Return the place along a curve where it first comes down to a target, between points by a straight line.
+
+    Example:
+        >>> crossing([2.0, 1.0, 0.5], target=0.75), crossing([2.0, 1.0], target=0.1)
+        (1.5, inf)
+    """
+    for place, value in enumerate(curve):
+        if value <= target:
+            before = curve[place - 1] if place else value
+            return place - (target - value) / (before - value) if before > value and math.isfinite(before) else place
+    return math.inf
 
 
 def mean_curve(trainings: Sequence[Training]) -> list[float]:
@@ -197,8 +223,10 @@ def factor_at_most(task: TaskFigures, name: str) -> float:
 
 def _chosen_trainings(record: Record, task: str, arm: str) -> list[Training]:
     """Return the trainings on the test set at the setting that is best on the validation set."""
-    tests, losses = record.of(task, arm, "test"), validation_losses(record.of(task, arm, "validation"))
-    tested = {setting: losses.get(setting, math.inf) for setting in dict.fromkeys(each.setting for each in tests)}
+    target = None if arm == "adam" else validation_target(record, task)
+    tests, scores = record.of(task, arm, "test"), validation_scores(record.of(task, arm, "validation"), target)
+    worst = (math.inf, math.inf)
+    tested = {setting: scores.get(setting, worst) for setting in dict.fromkeys(each.setting for each in tests)}
     return [each for each in tests if each.setting == best_setting(tested)]
 
 

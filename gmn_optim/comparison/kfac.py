@@ -99,6 +99,7 @@ class KFAC(torch.optim.Optimizer):
         1503.05671; the bound on the step is that of Ba et al. (2017), "Distributed second-order optimization".
 
     Example:
+        >>> _ = torch.manual_seed(0)
         >>> model = nn.Linear(3, 1)
         >>> optimizer = KFAC(model, lr=0.1)
         >>> loss = model(torch.ones(4, 3)).square().mean()

@@ -15,7 +15,7 @@ from gmn_optim.weights import load_weights
 KRONECKER_LRS = geometric_grid(3.2e-4, 3.2e-2)
 
 
-@register("gmn", lrs=(1.0,), remark="not tuned; its weights were meta-trained on fashion-mnist-mlp")
+@register("gmn", lrs=(1.0,), remark="not tuned; meta-trained on fashion-mnist-mlp")
 def make_gmn(model: nn.Module, lr: float, total_steps: int) -> torch.optim.Optimizer:
     """Return GMNOptimizer with the default weights; its grid is lr=1.0 alone: it runs untuned."""
     return GMNOptimizer(model, lr=lr)
@@ -33,6 +33,18 @@ def make_kronecker_adam(model: nn.Module, lr: float, total_steps: int) -> torch.
     return GMNOptimizer(model, weights=None, nominal="kronecker_adam", lr=lr)
 
 
+@register("kronecker_schedule_free", lrs=KRONECKER_LRS)
+def make_kronecker_schedule_free(model: nn.Module, lr: float, total_steps: int) -> torch.optim.Optimizer:
+    """Return the same with its iterates averaged."""
+    return GMNOptimizer(model, weights=None, nominal="kronecker_schedule_free", lr=lr)
+
+
+@register("kronecker_schedule_free-untuned", lrs=(0.012,), remark="at its default lr, not tuned")
+def make_kronecker_schedule_free_untuned(model: nn.Module, lr: float, total_steps: int) -> torch.optim.Optimizer:
+    """Return it at its default lr: its grid is that alone."""
+    return make_kronecker_schedule_free(model, lr, total_steps)
+
+
 @register("kronecker_adam-cosine", lrs=KRONECKER_LRS)
 def make_kronecker_adam_cosine(model: nn.Module, lr: float, total_steps: int) -> OptimizerSet:
     """Return the same, its step size falling to 0 along a cosine."""
@@ -42,7 +54,7 @@ def make_kronecker_adam_cosine(model: nn.Module, lr: float, total_steps: int) ->
 @register(
     "kfac",
     lrs=geometric_grid(1e-3, 0.1),
-    options=[{"damping": each} for each in (0.01, 0.032, 0.1)],
+    options=[{"damping": each} for each in (0.01, 0.1)],
     remark="with the empirical Fisher matrix, from the labels of the data; its factors read every position",
 )
 def make_kfac(model: nn.Module, lr: float, total_steps: int, damping: float) -> torch.optim.Optimizer:

@@ -11,13 +11,20 @@ import torch
 from tqdm import tqdm
 
 from gmn_optim.comparison.arms import Arm, Setting, find_arms
-from gmn_optim.comparison.figures import OverallFigures, TaskFigures, overall_figures, task_figures, validation_losses
+from gmn_optim.comparison.figures import (
+    OverallFigures,
+    TaskFigures,
+    overall_figures,
+    task_figures,
+    validation_scores,
+    validation_target,
+)
 from gmn_optim.comparison.pictures import can_draw, draw_curves
 from gmn_optim.comparison.record import Protocol, Record, Training
 from gmn_optim.comparison.tables import notes, overall_json, overall_table, task_table, to_json
 from gmn_optim.comparison.timing import time_against_adam
 from gmn_optim.comparison.training import train
-from gmn_optim.comparison.tuning import tune
+from gmn_optim.comparison.tuning import Score, tune
 from gmn_optim.errors import InvalidArgumentError
 from gmn_optim.tasks.base import AbstractTask, Split, tasks
 
@@ -85,9 +92,9 @@ def compare(
 ) -> Comparison:
     """Compare arms with tuned Adam on tasks.
 
-    Every arm is tuned on the validation set over its stated grid, at the full length of a training; at its best
-    setting it then trains on other seeds, and is measured on the test set. A comparison in a folder that was stopped
-    goes on by the same call.
+    Every arm is tuned on the validation set over its stated grid, at the full length of a training: Adam for its lowest
+    loss, which is the target, every other arm for the fewest steps to that target. At its best setting it then trains
+    on other seeds, and is measured on the test set. A comparison in a folder that was stopped goes on by the same call.
 
     Args:
         task: A task or several, by registered name or as objects by name.
@@ -166,9 +173,11 @@ class _Run:
     def _tune(self, name: str, task: AbstractTask, arm: Arm) -> Setting:
         """Return an arm's best setting."""
 
-        def evaluate(setting: Setting, extended: bool) -> float:
+        target = None if arm.name == "adam" else validation_target(self.record, name)
+
+        def evaluate(setting: Setting, extended: bool) -> Score:
             self.bar.total += self.protocol.tuning_seeds if extended else 0
-            return validation_losses(self._train(name, task, arm, setting, "validation", extended))[setting]
+            return validation_scores(self._train(name, task, arm, setting, "validation", extended), target)[setting]
 
         return tune(arm, evaluate)
 
@@ -195,7 +204,8 @@ class _Run:
         steps, every = self.protocol.steps or task.horizon, self.protocol.every
         if every > steps:
             raise InvalidArgumentError(f"every={every} exceeds the {steps} steps of {name}; measure more often")
-        found = train(task, arm, setting, seed=seed, split=split, steps=steps, every=every)
+        limit = self.protocol.examples
+        found = train(task, arm, setting, seed=seed, split=split, steps=steps, every=every, examples=limit)
         return Training(name, arm.name, setting, seed, split, every, extended, found)
 
     def _time(self, name: str, task: AbstractTask, adam: tuple[Arm, Setting], other: tuple[Arm, Setting]) -> None:

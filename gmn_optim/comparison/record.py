@@ -24,6 +24,7 @@ class Protocol:
         tuning_seeds: Trainings on the validation set at each setting; of other seeds.
         steps: Length of a training; None for each task's horizon.
         every: Steps between two measurements of the held-out loss.
+        examples: Of a held-out set at most; a larger one is represented by so many, evenly spaced.
         rounds: Of the timing against Adam; 0 for none.
         threads: Processor threads of every arm.
 
@@ -38,11 +39,12 @@ class Protocol:
     tuning_seeds: int = 2
     steps: int | None = None
     every: int = 20
+    examples: int = 2_000
     rounds: int = 5
     threads: int = 1
 
     def __post_init__(self) -> None:
-        least = {"seeds": 1, "tuning_seeds": 1, "every": 1, "rounds": 0, "threads": 1}
+        least = {"seeds": 1, "tuning_seeds": 1, "every": 1, "examples": 1, "rounds": 0, "threads": 1}
         faults = [f"{name}={getattr(self, name)!r}" for name, value in least.items() if getattr(self, name) < value]
         if faults:
             raise InvalidArgumentError(f"{', '.join(faults)} is too low; expected at least 1 (rounds: at least 0)")

@@ -94,7 +94,15 @@ class TrainingLoop:
 
 
 def train(
-    task: AbstractTask, arm: Arm, setting: Setting, *, seed: int, split: Split, steps: int, every: int
+    task: AbstractTask,
+    arm: Arm,
+    setting: Setting,
+    *,
+    seed: int,
+    split: Split,
+    steps: int,
+    every: int,
+    examples: int | None = None,
 ) -> Measurements:
     """Train from scratch and return what was measured.
 
@@ -109,6 +117,7 @@ def train(
         split: What is measured on, ``validation`` or ``test``.
         steps: Length of the training.
         every: Steps between two measurements.
+        examples: The most that are measured on; None for all.
 
     Example:
         >>> from gmn_optim.comparison.arms import arms
@@ -121,7 +130,7 @@ def train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         loop = TrainingLoop(task, arm, setting, seed, steps)
-        batch = task.held_out(split)
+        batch = evenly_spaced(task.held_out(split), examples)
         held_out, training, stopped = [loop.measure(batch)], [math.nan], ""
         for _ in range(steps // every):
             mean, stopped = _take_steps(loop, every)
@@ -132,6 +141,21 @@ def train(
                 break
     missing = [math.inf] * (1 + steps // every - len(held_out))
     return Measurements(held_out + missing, training + missing, loop.seconds, stopped)
+
+
+def evenly_spaced(batch: Batch, examples: int | None) -> Batch:
+    """Return at most so many evenly spaced examples of a batch; all of it if its parts differ in length.
+
+    Example:
+        >>> [part.tolist() for part in evenly_spaced((torch.arange(6), torch.arange(6)), 3)]
+        [[0, 2, 4], [0, 2, 4]]
+    """
+    lengths = {len(part) if part.dim() else 0 for part in batch}
+    count = lengths.pop()
+    if examples is None or lengths or count <= examples:
+        return batch
+    chosen = torch.arange(examples) * count // examples
+    return tuple(part[chosen] for part in batch)
 
 
 def _take_steps(loop: TrainingLoop, count: int) -> tuple[float, str]:

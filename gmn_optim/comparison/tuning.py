@@ -7,44 +7,47 @@ from gmn_optim.comparison.arms import Arm, Setting, round_lr
 MOST_EXTENSIONS = 4
 """Settings that are added to a grid at most."""
 
-Evaluate = Callable[[Setting, bool], float]
-"""``(setting, extended)`` to the loss that is compared; infinite for a failed training."""
+Score = tuple[float, float]
+"""Steps to the target, and the lowest loss; infinite where there is none."""
+
+Evaluate = Callable[[Setting, bool], Score]
+"""``(setting, extended)`` to what is compared."""
 
 
 def tune(arm: Arm, evaluate: Evaluate) -> Setting:
-    """Return the setting with the lowest loss, extending the grid while the best is at its edge.
+    """Return the setting with the lowest score, extending the grid while the best is at its edge.
 
     An arm with a single setting is not tuned at all.
 
     Args:
         arm: Whose grid.
-        evaluate: Gives the loss of a setting.
+        evaluate: Gives the score of a setting.
 
     Example:
         >>> arm = Arm("any", make=None, lrs=(0.01, 0.1, 1.0))
-        >>> tune(arm, lambda setting, extended: abs(setting.lr - 10)).lr
+        >>> tune(arm, lambda setting, extended: (0.0, abs(setting.lr - 10))).lr
         10.0
     """
     settings = arm.settings()
     if len(settings) == 1:
         return settings[0]
-    losses = {setting: evaluate(setting, False) for setting in settings}
+    scores = {setting: evaluate(setting, False) for setting in settings}
     for _ in range(MOST_EXTENSIONS):
-        beyond = next_setting(best_setting(losses), list(losses))
+        beyond = next_setting(best_setting(scores), list(scores))
         if beyond is None:
             break
-        losses[beyond] = evaluate(beyond, True)
-    return best_setting(losses)
+        scores[beyond] = evaluate(beyond, True)
+    return best_setting(scores)
 
 
-def best_setting(losses: Mapping[Setting, float]) -> Setting:
-    """Return the setting with the lowest loss; of equal ones that with the lowest lr.
+def best_setting(scores: Mapping[Setting, Score]) -> Setting:
+    """Return the setting with the lowest score; of equal ones that with the lowest lr.
 
     Example:
-        >>> best_setting({Setting(0.1): 2.0, Setting(0.01): 2.0, Setting(1.0): 3.0}).lr
+        >>> best_setting({Setting(0.1): (20.0, 1.0), Setting(0.01): (20.0, 1.0), Setting(1.0): (30.0, 0.5)}).lr
         0.01
     """
-    return min(losses, key=lambda setting: (losses[setting], setting.lr))
+    return min(scores, key=lambda setting: (scores[setting], setting.lr))
 
 
 def next_setting(best: Setting, tried: Sequence[Setting]) -> Setting | None:

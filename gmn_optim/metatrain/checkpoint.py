@@ -31,7 +31,8 @@ def load_checkpoint(path: Path, like: Any, settings: dict[str, Any]) -> tuple[An
     try:
         with safe_open(path, framework="pt") as file:
             facts = json.loads(file.metadata()["facts"])
-            found = {name: file.get_tensor(name) for name in file.keys()}
+            # a mapped tensor may lie across cache lines, where matrix products round differently
+            found = {name: file.get_tensor(name).clone() for name in file.keys()}
     except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read ({error}); remove it to start anew") from error
     _require_same_settings(path, facts.get("settings", {}), settings)

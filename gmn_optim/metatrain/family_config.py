@@ -20,6 +20,8 @@ class FamilyConfig(TrainerConfig):
         slots_per_step: Slots that an outer step takes forward by one truncation, in rotation.
         standardized: Whether the loss differences of a slot's pairs are divided by their root mean square, so that
             every task and every age counts alike.
+        held_out_every: Inner steps between two measurements of the loss on held-out data, of which the meta-loss is
+            made; 0 to make it of the training losses, which rewards memorizing.
         frozen: Patterns of names of meta-parameters that meta-training leaves as they are.
 
     Example:
@@ -32,6 +34,7 @@ class FamilyConfig(TrainerConfig):
     slots: int = 8
     slots_per_step: int = 4
     standardized: bool = True
+    held_out_every: int = 10
     frozen: tuple[str, ...] = ("alpha.raw",)
 
     def __post_init__(self) -> None:
@@ -41,6 +44,10 @@ class FamilyConfig(TrainerConfig):
             faults.append(f"estimator = {self.estimator!r} must be 'pes'")
         if self.unrolls % 2:
             faults.append(f"unrolls = {self.unrolls!r} must be even, two for each pair")
+        if self.held_out_every < 0 or (self.held_out_every and self.truncation % self.held_out_every):
+            faults.append(
+                f"held_out_every = {self.held_out_every!r} must divide truncation = {self.truncation!r}, or be 0"
+            )
         if not 1 <= self.slots_per_step <= self.slots:
             faults.append(f"slots_per_step = {self.slots_per_step!r} must be 1 to slots = {self.slots!r}")
         if faults:

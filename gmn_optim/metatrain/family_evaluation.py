@@ -1,8 +1,6 @@
-"""How a rule does on the tasks of a family: trainings from scratch, against its nominal term at the best step size."""
+"""How a rule does on the tasks of a family: trainings from scratch, its nominal term alone, tuned Adam."""
 
-import math
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from tqdm import tqdm
@@ -10,6 +8,7 @@ from tqdm import tqdm
 from gmn_optim.errors import InvalidArgumentError
 from gmn_optim.metatrain.baselines import sweep_step_sizes
 from gmn_optim.metatrain.evaluation import evaluate
+from gmn_optim.metatrain.family_figures import Curve, FamilyEvaluation, References, Sweep, compare
 from gmn_optim.metatrain.unroll import Meta, Unroll
 from gmn_optim.rule import RuleConfig, UpdateRule
 from gmn_optim.tasks.base import Split, tasks
@@ -17,8 +16,8 @@ from gmn_optim.tasks.base import Split, tasks
 MULTIPLIERS = (0.1, 0.3, 1.0, 3.0, 10.0)
 """Of the nominal term's own step size, in search of its best one."""
 
-Curve = list[float]
-"""Mean held-out loss over the seeds, at step 0 and after every ``every`` steps."""
+TUNED_ADAM_LRS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016)
+"""Step sizes of Adam, in search of its best one."""
 
 
 class Protocol(NamedTuple):
@@ -52,26 +51,6 @@ class Protocol(NamedTuple):
         return most // self.every * self.every
 
 
-class FamilyEvaluation(NamedTuple):
-    """A rule on several tasks.
-
-    Attributes:
-        curves: Of the rule, by task.
-        nominal: Of the nominal term alone, by task and multiplier of its step size.
-        factors: By task, how many times fewer steps the rule needs than the reference, see :func:`step_reduction`.
-        ratios: By task, final loss of the rule over that of the reference.
-        factor: Geometric mean of ``factors``.
-        worst_ratio: Largest of ``ratios``.
-    """
-
-    curves: dict[str, Curve]
-    nominal: dict[str, dict[float, Curve]]
-    factors: dict[str, float]
-    ratios: dict[str, float]
-    factor: float
-    worst_ratio: float
-
-
 def evaluate_family(
     names: Sequence[str],
     config: RuleConfig,
@@ -81,31 +60,33 @@ def evaluate_family(
     multipliers: Sequence[float] = MULTIPLIERS,
     progress: bool = False,
 ) -> FamilyEvaluation:
-    """Train from scratch on every task, by the rule and by its nominal term alone, and compare them.
+    """Train from scratch on every task, by the rule, its nominal term alone and Adam, and compare them.
 
     Args:
         names: Registered tasks.
         config: Of the rule.
         meta: Its meta-parameters.
         protocol: How trainings are measured.
-        multipliers: Of the nominal term's step size; the reference is the one with the lowest curve.
+        multipliers: Of the nominal term's step size; 1 must be among them.
         progress: Whether to show bars.
 
     Raises:
         UnknownNameError: no such task.
+        InvalidArgumentError: no task at all, or 1 is not among the multipliers.
 
     Example:
         >>> config = RuleConfig(body=None, alpha=0.05)
         >>> meta = {name: value.detach() for name, value in UpdateRule(config).named_parameters()}
         >>> protocol = Protocol(seeds=(1, 2), every=5)
-        >>> evaluate_family(["quadratic"], config, meta, protocol, multipliers=(1.0,)).factor
+        >>> evaluate_family(["quadratic"], config, meta, protocol, multipliers=(1.0,)).against_nominal
         1.0
     """
-    curves, nominal = {}, {}
+    curves, references = {}, {}
     for name in tqdm(names, desc="tasks", disable=not progress):
-        nominal[name] = sweep_nominal(name, config, protocol, multipliers, progress)
+        nominal = sweep_nominal(name, config, protocol, multipliers, progress)
+        references[name] = References(nominal, sweep_adam(name, protocol, progress))
         curves[name] = train_curve(name, config, meta, protocol, progress)
-    return compare(curves, nominal, protocol.every)
+    return compare(curves, references, protocol.every)
 
 
 def train_curve(name: str, config: RuleConfig, meta: Meta, protocol: Protocol, progress: bool = False) -> Curve:
@@ -125,58 +106,27 @@ def train_curve(name: str, config: RuleConfig, meta: Meta, protocol: Protocol, p
 
 def sweep_nominal(
     name: str, config: RuleConfig, protocol: Protocol, multipliers: Sequence[float], progress: bool = False
-) -> dict[float, Curve]:
+) -> Sweep:
     """Return the curves of a rule's nominal term alone on a task, by multiplier of its initial step size."""
     rule = UpdateRule(RuleConfig(nominal=config.nominal, body=None, alpha=config.alpha))
-    unroll = Unroll(tasks[name](), rule)
     grid = [multiplier * rule.alpha.initial for multiplier in multipliers]
+    return dict(zip(multipliers, _sweep(name, rule, grid, protocol, progress), strict=True))
+
+
+def sweep_adam(name: str, protocol: Protocol, progress: bool = False) -> Sweep:
+    """Return the curves of Adam alone on a task, by step size.
+
+    Example:
+        >>> sorted(sweep_adam("quadratic", Protocol(seeds=(1,), every=10)))[:2]
+        [0.0005, 0.001]
+    """
+    rule = UpdateRule(RuleConfig(nominal="adam", body=None))
+    return dict(zip(TUNED_ADAM_LRS, _sweep(name, rule, TUNED_ADAM_LRS, protocol, progress), strict=True))
+
+
+def _sweep(name: str, rule: UpdateRule, grid: Sequence[float], protocol: Protocol, progress: bool) -> list[Curve]:
+    """Return the curve of a nominal term alone at every step size."""
+    unroll = Unroll(tasks[name](), rule)
     steps = protocol.steps_of(unroll.task.horizon)
     found = sweep_step_sizes(unroll, grid, protocol.seeds, protocol.split, steps, protocol.every, progress)
-    means = found.held_out.unflatten(1, (len(grid), -1)).mean(2)
-    return dict(zip(multipliers, means.T.tolist(), strict=True))
-
-
-def compare(curves: Mapping[str, Curve], nominal: Mapping[str, Mapping[float, Curve]], every: int) -> FamilyEvaluation:
-    """Return curves with their summary; the reference of a task is the nominal curve with the lowest point.
-
-    Example:
-        >>> compare({"a": [4.0, 1.0, 0.5]}, {"a": {1.0: [4.0, 2.0, 1.0], 3.0: [4.0, 4.0, 4.0]}}, every=10)[-2:]
-        (2.0, 0.5)
-    """
-    references = {name: min(nominal[name].values(), key=_lowest) for name in curves}
-    factors = {name: step_reduction(curve, references[name], every) for name, curve in curves.items()}
-    ratios = {name: _ratio(curve[-1], references[name][-1]) for name, curve in curves.items()}
-    mean = math.exp(sum(map(math.log, factors.values())) / len(factors))
-    copied = {name: dict(nominal[name]) for name in curves}
-    return FamilyEvaluation(dict(curves), copied, factors, ratios, mean, max(ratios.values()))
-
-
-def step_reduction(curve: Curve, reference: Curve, every: int) -> float:
-    """Return how many times fewer steps a curve needs than a reference curve to what both of them reach.
-
-    That is the lowest point of the reference, or of the curve itself if it never gets there: then the number is
-    below 1. Steps count as at least ``every``.
-
-    Example:
-        >>> step_reduction([4.0, 1.0, 0.5], [4.0, 2.0, 1.0], every=10)
-        2.0
-        >>> step_reduction([4.0, 3.0, 2.0], [4.0, 2.0, 1.0], every=10)
-        0.5
-    """
-    target = max(_lowest(curve), _lowest(reference))
-    return _steps_to(reference, target, every) / _steps_to(curve, target, every)
-
-
-def _ratio(loss: float, reference: float) -> float:
-    """Return the ratio of two losses, infinity if the first, or what is left of it beside zero, is not finite."""
-    return loss / max(reference, sys.float_info.min) if math.isfinite(loss) else math.inf
-
-
-def _lowest(curve: Curve) -> float:
-    """Return the lowest point of a curve, infinity for one without any."""
-    return min((value for value in curve if not math.isnan(value)), default=math.inf)
-
-
-def _steps_to(curve: Curve, target: float, every: int) -> int:
-    """Return the steps after which a curve is at or below a target that it reaches, at least ``every``."""
-    return max(next((number for number, value in enumerate(curve) if value <= target), len(curve)), 1) * every
+    return found.held_out.unflatten(1, (len(grid), -1)).mean(2).T.tolist()

@@ -51,7 +51,7 @@ class FamilyTrainer(OuterLoop):
         ...     validation = test = ("quadratic",)
         ...     def sample(self, generator):
         ...         return QuadraticTask(size=int(torch.randint(2, 9, (), generator=generator)))
-        >>> config = FamilyConfig(outer_steps=2, unrolls=4, slots=2, slots_per_step=1, truncation=5)
+        >>> config = FamilyConfig(outer_steps=2, unrolls=4, slots=2, slots_per_step=1)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     trainer = FamilyTrainer(Quadratics(), UpdateRule(RuleConfig(body=None)), config, folder)
         ...     trainer.run(progress=False).shape

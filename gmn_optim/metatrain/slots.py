@@ -7,12 +7,17 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from gmn_optim.metatrain.estimators import Horizons, MetaShape
+from gmn_optim.metatrain.evaluation import measure
 from gmn_optim.metatrain.family_config import FamilyConfig
 from gmn_optim.metatrain.seeds import derive_generator
 from gmn_optim.metatrain.standardization import log_meta_loss
-from gmn_optim.metatrain.unroll import Unroll
+from gmn_optim.metatrain.unroll import Meta, Unroll
 from gmn_optim.rule import UpdateRule
+from gmn_optim.tasks.base import AbstractTask, Batch
 from gmn_optim.tasks.family import AbstractTaskFamily
+
+HELD_OUT = 256
+"""Examples that a measurement for the meta-loss is made on."""
 
 
 class SlotProgress(NamedTuple):
@@ -96,6 +101,34 @@ class Slot:
         batches = self.unroll.batches(generator, config.truncation, config.pairs)
         perturbed = shape.unflatten(torch.cat([meta + perturbations, meta - perturbations]))
         both = tuple(torch.cat([part, part], dim=1) for part in batches)
-        self.state, losses = self.unroll.run(perturbed, self.state, both)
+        losses = self._train(perturbed, both, generator)
         positive, negative = log_meta_loss(losses, self.task, progress.age, progress.end, config.emphasis).chunk(2)
         return positive, negative
+
+    def _train(self, meta: Meta, batches: Batch, generator: torch.Generator) -> Tensor:
+        """Train on all batches and return the losses that the meta-loss is made of (measurements, k)."""
+        every = self.config.held_out_every
+        if not every:
+            self.state, losses = self.unroll.run(meta, self.state, batches)
+            return losses
+        held_out, found = draw_held_out(self.task, generator), []
+        for some in zip(*(part.split(every) for part in batches), strict=True):
+            self.state, _ = self.unroll.run(meta, self.state, some)
+            found.append(measure(self.unroll, self.state, held_out))
+        return torch.stack(found)
+
+
+def draw_held_out(task: AbstractTask, generator: torch.Generator) -> Batch:
+    """Return at most :data:`HELD_OUT` random examples of a task's validation set; all of it if it is no such set.
+
+    Example:
+        >>> from gmn_optim.tasks import tasks
+        >>> [len(part) for part in draw_held_out(tasks["fashion-mnist-mlp"](), torch.Generator())]
+        [256, 256]
+    """
+    batch = task.held_out("validation")
+    lengths = {len(part) if part.dim() else 0 for part in batch}
+    if len(lengths) > 1 or max(lengths) <= HELD_OUT:
+        return batch
+    chosen = torch.randint(max(lengths), (HELD_OUT,), generator=generator)
+    return tuple(part[chosen] for part in batch)

@@ -67,7 +67,7 @@ class Unroll:
             self.plan = plan_capture(task.module, lambda: task.loss(parameters, batch))
             spaces = infer_task_spaces(task, parameters, batch)
         self.dtype = next(iter(parameters.values())).dtype
-        self.layout = lay_out(task, parameters, spaces, needs_factors=rule.config.gradmetanet is not None)
+        self.layout = lay_out(task, parameters, spaces, needs_factors=rule.config.needs_factors)
 
     def meta_parameters(self) -> Meta:
         """Return the rule's own meta-parameters, detached."""
@@ -112,7 +112,7 @@ class Unroll:
 
         captured = capture_gradients(self.task.module, loss, state.parameters, self.plan)
         neurons = None
-        if self.layout.spaces is not None and self.rule.config.gradmetanet is not None:
+        if self.layout.spaces is not None and self.rule.config.reads_neurons:
             neurons = gather_neurons(captured.factors, self.layout.spaces, self.rule.config.data_points)
         arguments = (state.parameters, captured.gradients, state.rule, self.layout, neurons)
         options = {"factors": captured.factors, "refresh": refresh}

@@ -1,6 +1,8 @@
 """The learned update rule, a pure function of parameters, gradients, neurons and state."""
 
+from gmn_optim.rule import eigenbasis_body as eigenbasis_body
 from gmn_optim.rule import kronecker as kronecker
+from gmn_optim.rule import schedule_free as schedule_free
 from gmn_optim.rule.clock import RefreshClock as RefreshClock
 from gmn_optim.rule.config import RuleConfig as RuleConfig
 from gmn_optim.rule.layout import Chunk as Chunk

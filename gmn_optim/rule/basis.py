@@ -19,6 +19,7 @@ class Basis(NamedTuple):
 
     Attributes:
         age: Steps that they have followed ().
+        size: Root mean square of the weight before the first step (), where the nominal term asks for it.
         row_moment: Moving average of E[g g^T], with mean diagonal 1 (groups, o, o).
         column_moment: Moving average of E[a a^T], with mean diagonal 1 (groups, i, i).
         rows: Orthonormal columns (groups, o, o).
@@ -26,6 +27,7 @@ class Basis(NamedTuple):
     """
 
     age: Tensor
+    size: Tensor
     row_moment: Tensor
     column_moment: Tensor
     rows: Tensor
@@ -51,29 +53,39 @@ def init_basis(matrix: Matrix, like: Tensor) -> Basis:
         torch.eye(n, dtype=like.dtype, device=like.device).repeat(matrix.groups, 1, 1) if turns else like.new_zeros(0)
         for n, turns in ((matrix.rows, matrix.turns_rows), (matrix.columns, matrix.turns_columns))
     )
-    return Basis(like.new_zeros(()), torch.zeros_like(rows), torch.zeros_like(columns), rows, columns)
+    return Basis(
+        like.new_zeros(()), like.new_zeros(()), torch.zeros_like(rows), torch.zeros_like(columns), rows, columns
+    )
 
 
 # ---------------------------------------------------------------------- second moments
 
 
 def moments_of_factors(matrix: Matrix, factors: DecomposedGradient) -> Moments | None:
-    """Return E[g g^T] and E[a a^T] over data points and positions, or None if the factors are not of this matrix.
+    """Return E[g g^T] and E[a a^T] over data points and positions, or None if the factors are not of this matrix."""
+    if matrix.weight.role == "table":
+        backprops = factors.backprops.flatten(0, 1)
+        fits = backprops.shape[1] == matrix.columns
+        return Moments(None, _moment(backprops.unsqueeze(0))) if fits and len(backprops) else None
+    rows = rows_of_factors(matrix, factors)
+    if rows is None:
+        return None
+    a, g = rows
+    return Moments(_moment(g) if matrix.turns_rows else None, _moment(a) if matrix.turns_columns else None)
+
+
+def rows_of_factors(matrix: Matrix, factors: DecomposedGradient) -> tuple[Tensor, Tensor] | None:
+    """Return activations (groups, r, i) and backprops (groups, r, o) of every row, None if they are not of this matrix.
 
     Where the matrix has the bias as a column, ``a`` ends in a 1.
     """
     activations, backprops = (factor.flatten(0, 1) for factor in factors)
     inputs = matrix.columns - (matrix.bias is not None)
-    if matrix.weight.role == "table":
-        fits = backprops.shape[1] == matrix.columns
-        return Moments(None, _moment(backprops.unsqueeze(0))) if fits and len(backprops) else None
     wanted = (matrix.groups * inputs, matrix.groups * matrix.rows)
     if (activations.shape[1], backprops.shape[1]) != wanted or not len(backprops):
         return None
     a, g = (each.unflatten(1, (matrix.groups, -1)).movedim(1, 0) for each in (activations, backprops))
-    if matrix.bias is not None:
-        a = torch.cat([a, torch.ones_like(a[..., :1])], dim=-1)
-    return Moments(_moment(g) if matrix.turns_rows else None, _moment(a) if matrix.turns_columns else None)
+    return (a if matrix.bias is None else torch.cat([a, torch.ones_like(a[..., :1])], dim=-1)), g
 
 
 def moments_of_gradient(matrix: Matrix, gradient: Tensor) -> Moments:
@@ -136,14 +148,14 @@ def iterate(moment: Tensor, basis: Tensor) -> Tensor:
 
 
 def renew(basis: Basis, second: Tensor, due: Tensor, method: Eigenbasis) -> tuple[Basis, Tensor]:
-    """Return the basis, made anew where that is due, and Adam's second moment (groups, o, i) turned into it.
+    """Return the basis, made anew where that is due, and second moments (..., groups, o, i) turned into it.
 
     The second moment is taken for the variances of uncorrelated coordinates; of those of the new basis, which are
     mixtures of the old ones, the shares are the squared cosines between new and old directions.
 
     Args:
         basis: The bases so far.
-        second: Moving average of squared gradients in them.
+        second: Moving averages of squared gradients in them.
         due: Whether they are made anew ().
         method: How.
     """

@@ -9,7 +9,8 @@ from gmn_optim.nn.product import FeatureRun
 from gmn_optim.registry import Registry
 from gmn_optim.rule.features import TIME_SCALES
 
-bodies: Registry[type["AbstractBody"]] = Registry("body")
+bodies: Registry[type[nn.Module]] = Registry("body")
+"""Those that read parameters, :class:`AbstractBody`, and those that read coordinates of matrices in their bases."""
 
 
 class AbstractBody(nn.Module, ABC):

@@ -7,7 +7,7 @@ from typing import Any
 from gmn_optim.configuration import is_count, refuse_unknown_keys
 from gmn_optim.errors import InvalidArgumentError
 from gmn_optim.nn.gradmetanet import GradMetaNetConfig
-from gmn_optim.rule.body import bodies
+from gmn_optim.rule.body import AbstractBody, bodies
 from gmn_optim.rule.memory import factor_memories
 from gmn_optim.rule.nominal import nominal_terms
 
@@ -24,7 +24,7 @@ class RuleConfig:
         memory: Name of the factor memory, ``slots`` or ``moments``.
         data_points: Rows (data points times positions) that GradMetaNet reads at each step.
         width: Hidden width of the body, and channels that GradMetaNet writes for it.
-        depth: Hidden layers of the body.
+        depth: Hidden layers of the body; the one in the eigenbasis has one in any case.
         gated: Whether the body also scales the nominal term, ``nominal * exp(s) + beta * d``; the paper's does not.
         scheduled: Whether alpha follows a meta-learned schedule, ``alpha exp(10 w . time features)``; the paper's is
             constant.
@@ -73,6 +73,12 @@ class RuleConfig:
                 ("decay", self.decay, self.decay == 0 or _is_positive(self.decay), "0 or positive"),
                 ("decay", self.decay, self.decay == 0 or self.scheduled, "0 unless the rule is scheduled"),
                 (
+                    "body",
+                    self.body,
+                    not self.in_eigenbasis or (nominal_terms[self.nominal].uses_factors and not self.gated),
+                    "another with this nominal term, or gated",
+                ),
+                (
                     "gradmetanet",
                     self.gradmetanet,
                     self.gradmetanet is None or self.body is not None,
@@ -83,6 +89,21 @@ class RuleConfig:
         ]
         if faults:
             raise InvalidArgumentError("unusable rule configuration: " + "; ".join(faults))
+
+    @property
+    def in_eigenbasis(self) -> bool:
+        """Return whether the body works in the bases of the nominal term."""
+        return self.body is not None and not issubclass(bodies[self.body], AbstractBody)
+
+    @property
+    def reads_neurons(self) -> bool:
+        """Return whether a GradMetaNet reads the neurons of the model; in the eigenbasis it reads others."""
+        return self.gradmetanet is not None and not self.in_eigenbasis
+
+    @property
+    def needs_factors(self) -> bool:
+        """Return whether the learned term can serve only parameters whose gradient factors explain."""
+        return self.gradmetanet is not None or self.in_eigenbasis
 
     @property
     def arm(self) -> str:

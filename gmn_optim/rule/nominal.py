@@ -1,7 +1,7 @@
 """Nominal terms: the hand-made optimizers that the learned term is added to."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from gmn_optim.gradients import DecomposedGradient
 from gmn_optim.registry import Registry
 from gmn_optim.rule.basis import Basis
+from gmn_optim.rule.coordinates import Coordinates
 from gmn_optim.rule.layout import Layout
 from gmn_optim.rule.scalars import Decay, LogScalar
 
@@ -35,11 +36,15 @@ class Surroundings(NamedTuple):
         layout: Which parameters stand where.
         factors: Layer name to factors, of the layers whose gradient they explain.
         refresh: Whether bases that are due are made anew; without it none is due.
+        parameters: Flat parameters of each chunk (size).
+        change: Changes the steps that a term takes in the coordinates of its bases, (groups, o, i) for each matrix.
     """
 
     layout: Layout
     factors: Mapping[str, DecomposedGradient]
     refresh: bool
+    parameters: Sequence[Tensor] = ()
+    change: Callable[[Sequence[Coordinates]], Sequence[Tensor]] | None = None
 
 
 nominal_terms: Registry[type["AbstractNominalTerm"]] = Registry("nominal term")

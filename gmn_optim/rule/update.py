@@ -15,6 +15,7 @@ from gmn_optim.nn.product import FeatureRun
 from gmn_optim.rule.basis import Basis
 from gmn_optim.rule.body import bodies
 from gmn_optim.rule.config import RuleConfig
+from gmn_optim.rule.eigenbasis_steps import EigenbasisSteps
 from gmn_optim.rule.features import (
     DECAYS,
     TIME_SCALES,
@@ -68,7 +69,8 @@ class ChunkUpdate(NamedTuple):
 
     Attributes:
         step: What to subtract from the parameters at lr 1 (size).
-        nominal: What the nominal term alone would have subtracted (size).
+        nominal: What the nominal term alone would have subtracted (size); of a body in the eigenbasis, which changes
+            steps before they are averaged, the step itself.
         guarded: Per segment, whether the learned step was replaced by the nominal one (segments).
     """
 
@@ -106,13 +108,16 @@ class UpdateRule(nn.Module):
         self.nominal = nominal_terms[config.nominal]()
         self.alpha = LogScalar(config.alpha or self.nominal.default_alpha)
         self.memory = factor_memories[config.memory]()
-        if config.gradmetanet is not None:
+        if config.reads_neurons:
             # the network's last layer is the body's first, see PerParameterMLP
             sizes = replace(config.gradmetanet, out_channels=config.width)
             self.gradmetanet = GradMetaNet(self.memory.set_channels, self.memory.neuron_channels, sizes)
         if config.scheduled:
             self.schedule = _decaying_schedule(config.decay)
-        if config.body is not None:
+        if config.in_eigenbasis:
+            self.body = bodies[config.body](config.width, config.gradmetanet, config.data_points)
+            self.nominal.track_noise()
+        elif config.body is not None:
             self.beta = LogScalar(config.beta)
             self.body = bodies[config.body](3 + len(DECAYS), 2 if config.gated else 1, config.width, config.depth)
 
@@ -124,7 +129,7 @@ class UpdateRule(nn.Module):
     def init_state(self, layout: Layout, like: Tensor | None = None) -> RuleState:
         """Return the state before the first step, with the dtype and device of ``like``."""
         like = torch.zeros(()) if like is None else like
-        spaces = layout.spaces if self.config.gradmetanet else None
+        spaces = layout.spaces if self.config.reads_neurons else None
         memory = self.memory.init(spaces, self.config.data_points, like) if spaces else like.new_zeros(0)
         chunks = tuple(self.init_chunk(chunk, like) for chunk in layout.chunks)
         return RuleState(chunks, memory, like.new_zeros(()), self.nominal.init_bases(layout, like))
@@ -161,7 +166,7 @@ class UpdateRule(nn.Module):
         """
         embedding, memory = None, state.memory
         step = state.step + 1
-        if neurons is not None and layout.spaces is not None:
+        if self.config.reads_neurons and neurons is not None and layout.spaces is not None:
             features, memory = self.memory.update(memory, neurons, layout.spaces, step)
             embedding = self.gradmetanet.embed(features.sets, layout.spaces, features.neurons)
         inputs = [
@@ -170,8 +175,12 @@ class UpdateRule(nn.Module):
                 gradients, state.chunks, momenta or [None] * len(layout.chunks), strict=True
             )
         ]
-        around = Surroundings(layout, factors or {}, refresh)
+        change = self._learned_steps(layout, parameters, step)
+        around = Surroundings(layout, factors or {}, refresh, parameters, change)
         nominal, bases = self.nominal.directions(inputs, state.bases, around)
+        if change is not None:
+            results = self._scale_chunks(layout, state.chunks, nominal, change)
+            return tuple(r[0] for r in results), RuleState(tuple(r[1] for r in results), memory, step, bases)
         each = zip(layout.chunks, parameters, gradients, state.chunks, nominal, strict=True)
         results = [
             self.update_chunk(chunk, parameter, gradient, chunk_state, layout, embedding, chunk_nominal)
@@ -179,6 +188,28 @@ class UpdateRule(nn.Module):
         ]
         updates, states = tuple(update for update, _ in results), tuple(new for _, new in results)
         return updates, RuleState(states, memory, step, bases)
+
+    def _learned_steps(self, layout: Layout, parameters: Sequence[Tensor], step: Tensor) -> EigenbasisSteps | None:
+        """Return what changes the steps of matrices in their bases, where the body does."""
+        if not self.config.in_eigenbasis:
+            return None
+        return EigenbasisSteps(self.body, layout, parameters, self.step_size(step), self.config.guard, SIZE_FLOOR)
+
+    def _scale_chunks(
+        self,
+        layout: Layout,
+        states: Sequence[ChunkState],
+        directions: Sequence[tuple[Tensor, Buffers]],
+        change: EigenbasisSteps,
+    ) -> list[tuple[ChunkUpdate, ChunkState]]:
+        """Return each chunk's update and new state where the learned term is part of the direction already."""
+        results = []
+        each = zip(layout.chunks, states, directions, strict=True)
+        for number, (chunk, state, (direction, buffers)) in enumerate(each):
+            taken = self.step_size(state.step + 1) * direction
+            update = ChunkUpdate(taken, taken, change.guarded(number, chunk, direction))
+            results.append((update, ChunkState(state.step + 1, state.averages, buffers)))
+        return results
 
     def update_chunk(
         self,
@@ -230,7 +261,7 @@ class UpdateRule(nn.Module):
 
     def _learns(self, chunk: Chunk) -> bool:
         """Return whether the learned term serves this chunk."""
-        return chunk.learned and self.config.body is not None
+        return chunk.learned and self.config.body is not None and not self.config.in_eigenbasis
 
     def _around(self, chunk: Chunk, layout: Layout, embedding: Tensor | None, tile: Tile) -> list[FeatureRun]:
         """Return what the product layer makes of the neurons on either side of each parameter of a tile."""

@@ -33,10 +33,10 @@ from gmn_optim.tasks.tabular_mlp import TabularMLPTask
 
 Option = TypeVar("Option")
 
-PARAMETER_LIMIT = 60_000
+PARAMETER_LIMIT = 30_000
 """Most parameters of a task that is drawn, so that 16 trainings side by side stay quick."""
 
-TRANSFORMER_WORK = 25_000
+TRANSFORMER_WORK = 10_000
 """Most features of a batch in all blocks of a transformer; a larger batch is halved."""
 
 IMAGES = 20_000

@@ -32,7 +32,7 @@ def assert_untrained_is_nominal(config: RuleConfig, *, steps: int = 5, seed: int
         for step in range(steps):
             factors = _random_factors(spaces)
             gradients = tuple(chunk.flatten(_recompose_all(factors)) for chunk in layout.chunks)
-            neurons = gather_neurons(factors, spaces, config.data_points) if config.gradmetanet else None
+            neurons = gather_neurons(factors, spaces, config.data_points) if config.reads_neurons else None
             found, state = rule(parameters, gradients, state, layout, neurons, factors=factors)
             nominal, plain_state = plain(parameters, gradients, plain_state, layout, factors=factors)
             _compare_steps(step, [update.step for update in found], [update.step for update in nominal])

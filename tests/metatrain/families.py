@@ -22,6 +22,7 @@ SETTINGS = {
     "slots": 3,
     "slots_per_step": 2,
     "truncation": 5,
+    "held_out_every": 0,
     "shortest_horizon": 10,
     "longest_horizon": 30,
     "warm_up": 2,

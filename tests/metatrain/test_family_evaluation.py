@@ -5,7 +5,8 @@ import torch
 
 from gmn_optim.errors import InvalidArgumentError, UnknownNameError
 from gmn_optim.metatrain import Unroll, evaluate
-from gmn_optim.metatrain.family_evaluation import Protocol, compare, evaluate_family, step_reduction, sweep_nominal
+from gmn_optim.metatrain.family_evaluation import TUNED_ADAM_LRS, Protocol, evaluate_family, sweep_adam, sweep_nominal
+from gmn_optim.metatrain.family_figures import References, compare, step_reduction
 from gmn_optim.rule import RuleConfig, UpdateRule
 from gmn_optim.tasks import tasks
 from tests.metatrain.families import RULE, build_rule
@@ -27,12 +28,12 @@ def test_the_nominal_term_at_a_multiplier_is_a_rule_with_that_step_size():
 
 def test_a_rule_before_meta_training_equals_its_nominal_term():
     found = evaluate_family(["quadratic"], RULE, meta_of(RULE), PROTOCOL, multipliers=(1.0,))
-    assert found.factor == pytest.approx(1.0) and found.worst_ratio == pytest.approx(1.0)
+    assert found.against_nominal == pytest.approx(1.0) and found.worst_ratio == pytest.approx(1.0)
 
 
 def test_the_reference_is_the_best_multiplier():
     found = evaluate_family(["quadratic"], RULE, meta_of(RULE), PROTOCOL, multipliers=(1.0, 30.0))
-    assert found.factor < 1 and found.worst_ratio > 1
+    assert found.against_nominal < 1 and found.worst_ratio > 1
 
 
 @pytest.mark.parametrize(
@@ -49,17 +50,47 @@ def test_step_reduction_compares_steps_to_what_both_reach(curve, reference, expe
     assert step_reduction(curve, reference, every=10) == expected
 
 
-def test_the_summary_is_a_geometric_mean_and_the_worst_ratio():
+ADAM = {0.001: [4.0, 3.0, 2.0], 0.01: [4.0, 4.0, 1.0]}
+
+
+def test_the_summary_is_geometric_means_and_the_worst_ratio():
     curves = {"a": [4.0, 1.0, 0.5], "b": [4.0, 3.0, 2.0]}
-    nominal = {name: {1.0: [4.0, 2.0, 1.0]} for name in curves}
-    found = compare(curves, nominal, every=10)
-    assert found.factors == {"a": 2.0, "b": 0.5} and found.factor == pytest.approx(1.0)
-    assert found.ratios == {"a": 0.5, "b": 2.0} and found.worst_ratio == 2.0
+    references = {name: References({1.0: [4.0, 2.0, 1.0]}, ADAM) for name in curves}
+    found = compare(curves, references, every=10)
+    assert [found.tasks[name].against_nominal for name in "ab"] == [2.0, 0.5]
+    assert [found.tasks[name].ratio for name in "ab"] == [0.5, 2.0] and found.worst_ratio == 2.0
+    assert found.against_nominal == pytest.approx(1.0)
 
 
-def test_a_training_that_diverges_has_an_infinite_ratio():
-    found = compare({"a": [4.0, math.inf]}, {"a": {1.0: [4.0, 2.0]}}, every=10)
+def test_both_untuned_is_against_the_nominal_terms_own_step_size():
+    nominal = {1.0: [4.0, 4.0, 3.0], 3.0: [4.0, 2.0, 1.0]}
+    found = compare({"a": [4.0, 3.0, 1.0]}, {"a": References(nominal, ADAM)}, every=10)
+    assert (found.against_nominal, found.untuned) == (1.0, 2.0) and found.tasks["a"].multiplier == 3.0
+
+
+def test_adam_counts_at_the_step_size_of_its_lowest_loss():
+    found = compare({"a": [4.0, 1.0, 1.0]}, {"a": References({1.0: [4.0, 1.0, 1.0]}, ADAM)}, every=10)
+    assert (found.against_nominal, found.against_adam, found.tasks["a"].adam_lr) == (1.0, 2.0, 0.01)
+
+
+def test_adams_curves_are_those_of_the_nominal_term_adam():
+    curves = sweep_adam("quadratic", PROTOCOL)
+    assert tuple(curves) == TUNED_ADAM_LRS
+    unroll = Unroll(tasks["quadratic"](), UpdateRule(RuleConfig(nominal="adam", body=None, alpha=0.004)))
+    by_hand = evaluate(unroll, unroll.meta_parameters(), (1, 2), every=5).held_out.mean(1)
+    torch.testing.assert_close(torch.tensor(curves[0.004]), by_hand)
+
+
+def test_a_training_that_diverges_has_an_infinite_ratio_which_json_lacks():
+    found = compare({"a": [4.0, math.inf]}, {"a": References({1.0: [4.0, 2.0]}, ADAM)}, every=10)
     assert found.worst_ratio == math.inf
+    assert found.to_dict()["worst_ratio"] is None and found.to_dict()["tasks"]["a"]["ratio"] is None
+
+
+@pytest.mark.parametrize(("curves", "nominal"), [({}, {}), ({"a": [4.0]}, {3.0: [4.0]})])
+def test_nothing_to_compare_with_is_refused(curves, nominal):
+    with pytest.raises(InvalidArgumentError, match="no task|lack 1"):
+        compare(curves, {"a": References(nominal, ADAM)}, every=10)
 
 
 def test_the_horizon_is_the_tasks_or_less_in_whole_measurements():

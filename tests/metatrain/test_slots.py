@@ -1,8 +1,11 @@
 import torch
 
 from gmn_optim.metatrain import FamilyConfig, MetaShape
+from gmn_optim.metatrain.evaluation import measure
 from gmn_optim.metatrain.seeds import PURPOSES, derive_generator
-from gmn_optim.metatrain.slots import Slot, SlotProgress, draw_horizon, draw_perturbations
+from gmn_optim.metatrain.slots import Slot, SlotProgress, draw_held_out, draw_horizon, draw_perturbations
+from gmn_optim.metatrain.standardization import log_meta_loss
+from gmn_optim.tasks import tasks
 from tests.metatrain.families import RULE, SETTINGS, TinyFamily, build_rule
 
 CONFIG = FamilyConfig(**SETTINGS)
@@ -49,3 +52,35 @@ def test_perturbations_are_new_at_every_step_and_nothing_where_masked():
     first, second, again = (draw_perturbations(CONFIG, 0, step, mask) for step in (0, 1, 0))
     assert torch.equal(first, again) and not torch.equal(first, second)
     assert first.shape == (2, 3) and not first[:, 1].any() and first[:, 0].all()
+
+
+def test_the_meta_loss_is_that_of_held_out_data_as_often_as_asked_for():
+    rule = build_rule(RULE, seed=0)
+    meta = {name: value.detach() for name, value in rule.named_parameters()}
+    shape = MetaShape(meta)
+    flat = shape.flatten(meta)
+    config = FamilyConfig(**{**SETTINGS, "truncation": 6, "held_out_every": 3})
+    slot, twin = (Slot(TinyFamily(), rule, config, number=1, draw=4) for _ in range(2))
+    positive, _ = slot.advance(shape, flat, torch.zeros(2, len(flat)), SlotProgress(4, 0, 18))
+    generator = derive_generator(config.seed, "batches", 1, 4, 0)
+    batches = twin.unroll.batches(generator, 6, 2)
+    held_out, found = draw_held_out(twin.task, generator), []
+    for first in (0, 3):
+        some = tuple(torch.cat([part[first : first + 3]] * 2, dim=1) for part in batches)
+        twin.state, _ = twin.unroll.run(shape.unflatten(flat.expand(4, -1)), twin.state, some)
+        found.append(measure(twin.unroll, twin.state, held_out))
+    wanted = log_meta_loss(torch.stack(found), twin.task, 0, 18)
+    torch.testing.assert_close(positive, wanted[:2])
+    trained = Slot(TinyFamily(), rule, FamilyConfig(**SETTINGS), number=1, draw=4)
+    assert not torch.equal(positive, trained.advance(shape, flat, torch.zeros(2, len(flat)), SlotProgress(4, 0, 18))[0])
+
+
+def test_held_out_examples_are_drawn_from_the_validation_set():
+    task = tasks["validation-letters-mlp"]()
+    inputs, labels = draw_held_out(task, torch.Generator().manual_seed(0))
+    every, known = task.held_out("validation")
+    assert len(inputs) == len(labels) == 256
+    for row, label in zip(inputs[:5], labels[:5], strict=True):
+        places = (every == row).all(1).nonzero()[:, 0]
+        assert label in known[places]
+    assert torch.equal(draw_held_out(task, torch.Generator().manual_seed(0))[0], inputs)

@@ -6,7 +6,8 @@ import torch
 
 from gmn_optim.errors import CheckpointError, InvalidArgumentError
 from gmn_optim.metatrain import MetaTrainer, TrainerConfig
-from gmn_optim.metatrain.runs import build_unroll, describe_run, export_run
+from gmn_optim.metatrain.export_run import export_run
+from gmn_optim.metatrain.runs import build_unroll, describe_run
 from gmn_optim.metatrain.trainer import CHECKPOINT
 from gmn_optim.rule import RuleConfig
 from gmn_optim.weights import load_weights

@@ -1,19 +1,23 @@
 """``gmn-optim meta-train --family`` and ``gmn-optim validate``, which belong together."""
 
 import json
+from functools import partial
 
 import pytest
 
 from gmn_optim.cli import main
 from gmn_optim.errors import InvalidArgumentError
 from gmn_optim.metatrain.family_evaluation import Protocol
-from gmn_optim.metatrain.validation import Validation, kept_steps
-from gmn_optim.tasks import families
+from gmn_optim.metatrain.runs import kept_steps
+from gmn_optim.metatrain.validation import Validation
+from gmn_optim.tasks import families, tasks
+from gmn_optim.tasks.quadratic import QuadraticTask
 from tests.metatrain.families import TinyFamily, make_trainer
 
 TRAIN = (
     "meta-train --family tiny --nominal adam --arm ds --width 4 --depth 1 --outer-steps 4 --unrolls 4 --slots 3 "
-    "--slots-per-step 2 --truncation 5 --shortest-horizon 10 --longest-horizon 20 --evaluate-every 2 --quiet"
+    "--slots-per-step 2 --truncation 5 --held-out-every 0 --shortest-horizon 10 --longest-horizon 20 "
+    "--evaluate-every 2 --quiet"
 )
 VALIDATE = "--every 10 --seeds 1 2 --quiet"
 PROTOCOL = Protocol(seeds=(1, 2), every=10)
@@ -21,8 +25,12 @@ PROTOCOL = Protocol(seeds=(1, 2), every=10)
 
 @pytest.fixture(autouse=True)
 def tiny_family(monkeypatch):
-    """Register the tiny family."""
+    """Register the tiny family, and a second task for it."""
     monkeypatch.setattr(families, "_entries", {"tiny": TinyFamily})
+    monkeypatch.setitem(tasks._entries, SECOND, partial(QuadraticTask, size=3))
+
+
+SECOND = "second-quadratic"
 
 
 def read_lines(folder):
@@ -39,10 +47,12 @@ def test_the_command_line_trains_goes_on_and_validates(tmp_path, capsys):
     assert capsys.readouterr() == ("", "")
     assert main(["validate", str(whole), *VALIDATE.split()]) == 0
     out, err = capsys.readouterr()
-    assert [line.split()[0] for line in out.splitlines()[-3:]] == ["0", "2", "4"] and err == ""
-    summaries = [line for line in read_lines(whole) if "factor" in line]
+    assert [line.split()[0] for line in out.splitlines()[2:5]] == ["0", "2", "4"] and err == ""
+    assert "Best: outer step" in out and out.splitlines()[-2].startswith("quadratic")
+    summaries = [line for line in read_lines(whole) if "against_adam" in line]
     assert [line["step"] for line in summaries] == [0, 2, 4]
-    assert set(summaries[0]["factors"]) == {"quadratic"} and summaries[0]["worst_ratio"] > 0
+    assert set(summaries[0]["tasks"]) == {"quadratic"} and summaries[0]["worst_ratio"] > 0
+    assert summaries[0]["against_nominal"] > 0 and summaries[0]["untuned"] > 0
 
 
 def test_validation_goes_on_where_it_was_stopped(tmp_path):
@@ -69,7 +79,25 @@ def test_results_of_another_protocol_stay_apart(tmp_path):
     make_trainer(tmp_path).run(until=5, progress=False)
     Validation(tmp_path, PROTOCOL, (1.0,)).run(steps=[5])
     Validation(tmp_path, Protocol(seeds=(3,), every=10), (1.0,)).run(steps=[5])
-    assert [line["settings"]["seeds"] for line in read_lines(tmp_path)] == [[1, 2]] * 3 + [[3]] * 3
+    assert [line["settings"]["seeds"] for line in read_lines(tmp_path)] == [[1, 2]] * 4 + [[3]] * 4
+
+
+def test_a_subset_of_the_tasks_counts_alone_and_is_not_measured_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr(TinyFamily, "validation", ("quadratic", SECOND))
+    make_trainer(tmp_path).run(until=5, progress=False)
+    found = Validation(tmp_path, PROTOCOL, (1.0,), ["quadratic"]).run(steps=[5])
+    assert set(found[5].tasks) == {"quadratic"} and found[5].against_adam == found[5].tasks["quadratic"].against_adam
+    whole = Validation(tmp_path, PROTOCOL, (1.0,)).run(steps=[5])[5]
+    assert whole.tasks["quadratic"] == found[5].tasks["quadratic"] and len(whole.tasks) == 2
+    lines = read_lines(tmp_path)
+    assert [line["task"] for line in lines if "adam" in line] == ["quadratic", SECOND]
+    assert [len(line["tasks"]) for line in lines if "against_adam" in line] == [1, 2]
+
+
+def test_a_task_that_is_none_of_the_familys_is_named(tmp_path):
+    make_trainer(tmp_path).run(until=1, progress=False)
+    with pytest.raises(InvalidArgumentError, match="mnist: no validation task of the family; known: quadratic"):
+        Validation(tmp_path, PROTOCOL, names=["mnist"])
 
 
 def test_an_outer_step_that_was_not_kept_is_named_with_those_that_were(tmp_path):
@@ -96,14 +124,11 @@ def test_a_wrong_argument_gives_one_clear_line(arguments, message, tmp_path, cap
     assert message in err and err.count("\n") == 1
 
 
-def test_a_run_on_a_task_is_not_validated_and_one_on_a_family_not_exported(tmp_path, capsys):
+def test_a_run_on_a_task_is_not_validated(tmp_path, capsys):
     settings = "--task quadratic --arm nominal --outer-steps 1 --unrolls 2 --truncation 5 --quiet"
     assert main(["meta-train", *settings.split(), "--folder", str(tmp_path / "task")]) == 0
     assert main(["validate", str(tmp_path / "task"), "--quiet"]) == 2
     assert "is no run over a family" in capsys.readouterr().err
-    make_trainer(tmp_path / "family").run(until=1, progress=False)
-    assert main(["export", str(tmp_path / "family"), "x"]) == 2
-    assert "is a run over a family" in capsys.readouterr().err
 
 
 def test_task_and_family_exclude_one_another(tmp_path, capsys):

@@ -34,7 +34,7 @@ def written_out(around: list[FeatureRun]) -> Tensor:
 
 
 @pytest.mark.parametrize("outputs", [1, 2])
-@pytest.mark.parametrize("name", list(bodies))
+@pytest.mark.parametrize("name", [name for name in bodies if issubclass(bodies[name], AbstractBody)])
 def test_a_body_is_zero_before_meta_training(name: str, outputs: int) -> None:
     body = bodies[name](9, outputs, 7, 2).double()
     found = body(*inputs())

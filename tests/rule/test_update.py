@@ -29,6 +29,8 @@ ARMS["no neuron numbers"] = replace(
     ARMS["slots"], gradmetanet=GradMetaNetConfig(width=6, neuron_numbers=False, reduction="sum")
 )
 LEARNED = [arm for arm, config in ARMS.items() if config.body is not None]
+IN_EIGENBASIS = [arm for arm, config in ARMS.items() if config.in_eigenbasis]
+ELEMENTWISE = [arm for arm in LEARNED if arm not in IN_EIGENBASIS]
 WIDTHS = [3, 4, 2]
 SPACES = chain_spaces(WIDTHS)
 
@@ -114,9 +116,14 @@ def collect(places: Layout, updates: Sequence[ChunkUpdate]) -> Step:
 
 def neurons_of(rule: UpdateRule, problem: Problem, step: int) -> NeuronSets | None:
     """Return what a rule with a GradMetaNet reads."""
-    if rule.config.gradmetanet is None:
+    if not rule.config.reads_neurons:
         return None
     return gather_neurons(problem.factors[step], SPACES, rule.config.data_points)
+
+
+def factors_of(rule: UpdateRule, problem: Problem, step: int) -> dict[str, DecomposedGradient] | None:
+    """Return the factors that a rule with a body in the eigenbasis reads."""
+    return problem.factors[step] if rule.config.in_eigenbasis else None
 
 
 def run(rule: UpdateRule, problem: Problem) -> Iterator[Step]:
@@ -126,7 +133,8 @@ def run(rule: UpdateRule, problem: Problem) -> Iterator[Step]:
     state = rule.init_state(places, parameters[0])
     for number in range(len(problem.factors)):
         gradients = tuple(chunk.flatten(problem.gradients(number)) for chunk in places.chunks)
-        updates, state = rule(parameters, gradients, state, places, neurons_of(rule, problem, number))
+        arguments = parameters, gradients, state, places, neurons_of(rule, problem, number)
+        updates, state = rule(*arguments, factors=factors_of(rule, problem, number))
         yield collect(places, updates)
 
 
@@ -147,7 +155,7 @@ def test_an_untrained_rule_is_its_nominal_term(arm: str) -> None:
     assert_untrained_is_nominal(ARMS[arm])
 
 
-@pytest.mark.parametrize("arm", LEARNED)
+@pytest.mark.parametrize("arm", ELEMENTWISE)
 def test_a_trained_rule_is_not_and_says_what_the_nominal_term_would_have_done(arm: str) -> None:
     rule = make_rule(ARMS[arm])
     plain = UpdateRule(replace(ARMS[arm], body=None, gradmetanet=None)).double()
@@ -176,7 +184,7 @@ def test_a_momentum_of_its_own_takes_the_place_of_the_meta_learned_one() -> None
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
-@pytest.mark.parametrize("arm", [arm for arm in LEARNED if not ARMS[arm].gated])
+@pytest.mark.parametrize("arm", [arm for arm in ELEMENTWISE if not ARMS[arm].gated])
 def test_the_learned_step_does_not_see_the_scale_of_the_gradients(arm: str, scale: float) -> None:
     rule = make_rule(replace(ARMS[arm], nominal="momentum")).requires_grad_(False)  # Adam's epsilon has a scale
     for found, expected in zip(run(rule, make_problem(scale=scale)), run(rule, make_problem()), strict=True):
@@ -188,7 +196,16 @@ def test_the_learned_step_does_not_see_the_scale_of_the_gradients(arm: str, scal
         assert_same(learned, wanted, rtol=1e-6, atol=tolerance)
 
 
-@pytest.mark.parametrize("arm", ["slots", "moments", "gated", "scheduled", "no neuron numbers"])
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+@pytest.mark.parametrize("arm", IN_EIGENBASIS)
+def test_steps_in_the_eigenbasis_do_not_see_the_scale_of_the_gradients(arm: str, scale: float) -> None:
+    rule = make_rule(ARMS[arm]).requires_grad_(False)
+    rule.nominal.epsilon.raw.fill_(-4.0)  # epsilon has a scale
+    for found, expected in zip(run(rule, make_problem(scale=scale)), run(rule, make_problem()), strict=True):
+        assert_same(found.taken, expected.taken, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("arm", ["slots", "moments", "gated", "scheduled", "no neuron numbers", *IN_EIGENBASIS])
 def test_permuted_hidden_neurons_have_permuted_steps(arm: str) -> None:
     rule, problem = make_rule(ARMS[arm]), make_problem()
     order = random_permutations(SPACES, torch.Generator().manual_seed(3))
@@ -218,7 +235,7 @@ def test_permuted_hidden_neurons_have_permuted_steps(arm: str) -> None:
         assert_same(found.taken, permuted(expected.taken))
 
 
-@pytest.mark.parametrize("arm", ["slots", "moments"])
+@pytest.mark.parametrize("arm", ["slots", "moments", *IN_EIGENBASIS])
 def test_the_order_of_data_points_does_not_change_a_step(arm: str) -> None:
     rule, problem = make_rule(ARMS[arm]), make_problem()
     order = torch.tensor([3, 0, 5, 1, 4, 2])
@@ -359,7 +376,7 @@ def test_it_maps_over_stacked_meta_parameters(arm: str) -> None:
         state, current = rule.init_state(places, parameters[0]), parameters
         for k, gradient in enumerate(gradients):
             arguments = (current, gradient, state, places, neurons_of(rule, problem, k))
-            updates, state = functional_call(rule, meta, arguments)
+            updates, state = functional_call(rule, meta, arguments, {"factors": factors_of(rule, problem, k)})
             current = tuple(p - update.step for p, update in zip(current, updates, strict=True))
         return current
 
@@ -393,7 +410,8 @@ def test_gradients_of_meta_parameters_are_those_of_finite_differences(arm: str) 
 def test_every_meta_parameter_matters(arm: str) -> None:
     rule = make_rule(ARMS[arm])
     sum(step.square().sum() for each in run(rule, make_problem()) for step in each.taken.values()).backward()
-    held = {"nominal.factor_decay.raw"}  # bases count as constants: there is no gradient through eigenvectors
+    # bases count as constants: there is no gradient through eigenvectors; and the model has the depth of the reference
+    held = {"nominal.factor_decay.raw", "nominal.depth_power"}
     idle = {name for name, p in rule.named_parameters() if p.grad is None or not p.grad.any()}
     assert idle <= held
 
@@ -425,8 +443,9 @@ def test_float32_gives_nearly_the_same_in_float32(arm: str) -> None:
             for tensors in (problem.parameters, problem.gradients(0))
         )
         factors = {name: DecomposedGradient(*(f.to(dtype) for f in pair)) for name, pair in problem.factors[0].items()}
-        neurons = gather_neurons(factors, SPACES, 4) if rule.config.gradmetanet else None
-        updates, _ = cast(parameters, gradients, rule.init_state(places, parameters[0]), places, neurons)
+        neurons = gather_neurons(factors, SPACES, 4) if rule.config.reads_neurons else None
+        given = {"factors": factors if rule.config.in_eigenbasis else None}
+        updates, _ = cast(parameters, gradients, rule.init_state(places, parameters[0]), places, neurons, **given)
         return [update.step for update in updates]
 
     expected = taken(torch.float64)

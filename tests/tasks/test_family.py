@@ -47,7 +47,7 @@ def test_every_kind_is_drawn_and_named(drawn: list[AbstractTask]) -> None:
 def test_tasks_are_small_and_bounded(drawn: list[AbstractTask]) -> None:
     for task in drawn:
         assert sum(parameter.numel() for parameter in task.module.parameters()) <= mixture.PARAMETER_LIMIT
-        assert 8 <= task.batch_size <= 256 and 0 < task.loss_floor < 0.1 and task.loss_limit >= 2.9
+        assert 2 <= task.batch_size <= 256 and 0 < task.loss_floor < 0.1 and task.loss_limit >= 2.9
 
 
 @pytest.mark.parametrize(

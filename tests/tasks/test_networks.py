@@ -7,7 +7,7 @@ from gmn_optim.errors import InvalidArgumentError
 from gmn_optim.tasks.byte_transformer import ByteTransformer, ByteTransformerTask
 from gmn_optim.tasks.datasets import load_fashion_mnist_8x8, load_photograph, load_text
 from gmn_optim.tasks.image_cnn import ImageCNNTask, build_cnn
-from gmn_optim.tasks.image_fit import ImageFitTask, fourier_features, pixel_places, split_pixels
+from gmn_optim.tasks.image_fit import ImageFitTask, all_pixels, fourier_features, pixel_places
 from gmn_optim.tasks.image_mlp import ImageMLPTask
 
 
@@ -59,11 +59,11 @@ def test_options_that_do_not_exist_are_refused() -> None:
         ImageFitTask(load_photograph("coffee"), encoding="wavelet")
 
 
-def test_pixels_are_parted() -> None:
+def test_a_picture_is_measured_on_all_its_pixels() -> None:
     places = pixel_places(10, 20)
     assert len(places.unique(dim=0)) == 200 and places.abs().max() < 1
-    parts = split_pixels(places, torch.zeros(200, 3))
-    assert len(torch.cat([part.inputs for part in parts]).unique(dim=0)) == 200
+    for part in all_pixels(places, torch.zeros(200, 3)):
+        assert torch.equal(part.inputs, places)
 
 
 def test_colours_are_where_they_were() -> None:

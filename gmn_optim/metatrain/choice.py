@@ -1,0 +1,97 @@
+"""Which outer step of a run over a family becomes weights: the best one on the validation tasks."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gmn_optim.errors import CheckpointError, InvalidArgumentError
+from gmn_optim.metatrain.log import read_lines
+
+Summary = Mapping[str, Any]
+"""A line of ``validation.jsonl`` that tells means and figures of an outer step."""
+
+LARGEST_RATIO = 1.05
+"""Of final losses, against the nominal term, for an outer step to count as doing no harm."""
+
+
+class Choice(NamedTuple):
+    """An outer step and why it was taken.
+
+    Attributes:
+        summary: Of the outer step.
+        reason: In words, for the card.
+    """
+
+    summary: Summary
+    reason: str
+
+
+def read_summaries(path: Path, step: int | None = None) -> list[Summary]:
+    """Return the summaries of one protocol and set of tasks, by outer step.
+
+    Where the file holds several: those of the most tasks, of these the most outer steps, of these the last ones.
+
+    Args:
+        path: Of ``validation.jsonl``.
+        step: An outer step that must be among them, if one of the protocols has it.
+
+    Raises:
+        CheckpointError: nothing has been validated.
+    """
+    groups: dict[str, dict[int, Summary]] = {}
+    for line in read_lines(path):
+        if "against_adam" in line:
+            key = json.dumps([line["settings"], sorted(line["tasks"])], sort_keys=True)
+            groups[key] = {**groups.pop(key, {}), line["step"]: line}
+    if not groups:
+        raise CheckpointError(f"{path} holds no summary of an outer step; run 'gmn-optim validate' on its folder first")
+    ranks = [
+        (step in group, len(next(iter(group.values()))["tasks"]), len(group), number)
+        for number, group in enumerate(groups.values())
+    ]
+    best = list(groups.values())[ranks.index(max(ranks))]
+    return [best[each] for each in sorted(best)]
+
+
+def choose_summary(summaries: Sequence[Summary], step: int | None = None) -> Choice:
+    """Return the outer step with the largest mean step reduction against the nominal term at its best step size.
+
+    Only outer steps whose worst ratio of final losses is at most :data:`LARGEST_RATIO` count, if there are any.
+
+    Args:
+        summaries: Of all outer steps that were measured.
+        step: The outer step to take instead.
+
+    Raises:
+        InvalidArgumentError: ``step`` was not measured.
+
+    Example:
+        >>> summaries = [
+        ...     {"step": 0, "against_nominal": 1.0, "worst_ratio": 1.0},
+        ...     {"step": 9, "against_nominal": 1.5, "worst_ratio": 1.2},
+        ... ]
+        >>> choose_summary(summaries).summary["step"]
+        0
+    """
+    if step is not None:
+        found = {each["step"]: each for each in summaries}
+        if step not in found:
+            raise InvalidArgumentError(f"outer step {step} was not validated; those that were are {sorted(found)}")
+        return Choice(found[step], f"outer step {step}, given by hand among {_count(summaries)}")
+    harmless = [each for each in summaries if _ratio(each) <= LARGEST_RATIO]
+    best = max(harmless or summaries, key=lambda each: (each["against_nominal"], -_ratio(each)))
+    bound = f"with a worst final-loss ratio against the nominal term of at most {LARGEST_RATIO}"
+    share = f"the {len(harmless)} of {_count(summaries)}" if harmless else f"{_count(summaries)}, there being none"
+    return Choice(best, f"outer step {best['step']}, the largest mean step reduction among {share} {bound}")
+
+
+def _ratio(summary: Summary) -> float:
+    """Return the worst ratio, infinity where it was not finite."""
+    return math.inf if summary["worst_ratio"] is None else summary["worst_ratio"]
+
+
+def _count(summaries: Sequence[Summary]) -> str:
+    """Return the number of outer steps in words."""
+    return "1 outer step" if len(summaries) == 1 else f"{len(summaries)} outer steps"

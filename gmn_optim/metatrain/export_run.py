@@ -1,0 +1,59 @@
+"""Exporting a meta-training run of either kind: weights and their card in a folder."""
+
+from pathlib import Path
+
+from gmn_optim.metatrain.family_export import describe_family_run
+from gmn_optim.metatrain.runs import read_run
+from gmn_optim.metatrain.task_export import describe_task_run
+from gmn_optim.version import __version__
+from gmn_optim.weights import Weights, require_file_name, save_weights
+
+
+def export_run(
+    folder: str | Path,
+    name: str,
+    out: str | Path,
+    *,
+    description: str = "",
+    aliases: tuple[str, ...] = (),
+    limits: tuple[str, ...] = (),
+    commit: str = "",
+    step: int | None = None,
+    every: int = 20,
+    progress: bool = False,
+) -> Weights:
+    """Choose a run's best checkpoint on validation data and write weights and card.
+
+    Weights of a run on a task are measured on the test set; those of a run over a family carry their figures on the
+    validation tasks, which ``gmn-optim validate`` measures before.
+
+    Args:
+        folder: Of the run.
+        name: Of the weights.
+        out: Where both files go.
+        description: One sentence.
+        aliases: Further names.
+        limits: Known limits.
+        commit: Revision that the run was made with.
+        step: Outer step; None for the best on validation data.
+        every: Inner steps between two measurements on a task.
+        progress: Whether to show bars.
+
+    Raises:
+        CheckpointError: the folder holds no run, or one over a family that was not validated.
+        InvalidArgumentError: the name is no file name, or the outer step was not evaluated.
+
+    Example:
+        >>> export_run("no/such/folder", "mine", ".")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        gmn_optim.errors.CheckpointError: no/such/folder/checkpoint.safetensors is no readable checkpoint ...
+    """
+    require_file_name(name)
+    about = {"name": name, "description": description, "aliases": aliases, "limits": limits}
+    about |= {"commit": commit, "package_version": __version__}
+    if "family" in read_run(Path(folder))["settings"]:
+        found = describe_family_run(Path(folder), about, step)
+    else:
+        found = describe_task_run(Path(folder), about, step, every=every, progress=progress)
+    return save_weights(found.rule, found.card, out)

@@ -1,0 +1,75 @@
+"""A matrix's gradient and its statistics in the coordinates of its bases."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from gmn_optim.gradients import DecomposedGradient
+from gmn_optim.rule.basis import Basis, rows_of_factors
+from gmn_optim.rule.matrices import Matrix
+
+
+class TurnedRows(NamedTuple):
+    """Factors of each row (a data point at a position) in the bases, those of a side without a basis as they are.
+
+    Attributes:
+        activations: (groups, r, i), with a 1 for the bias before the turn.
+        backprops: (groups, r, o), of the mean loss.
+    """
+
+    activations: Tensor
+    backprops: Tensor
+
+    def noise(self) -> Tensor:
+        """Return the sum over rows of squared gradients (groups, o, i).
+
+        Backprops carry the loss's 1/b, so this is what the square of the mean gradient would be, in expectation, if the
+        gradients of rows were independent with mean zero: pure noise.
+
+        Example:
+            >>> import torch
+            >>> TurnedRows(torch.ones(1, 4, 1), torch.full((1, 4, 1), 0.25)).noise()
+            tensor([[[0.2500]]])
+        """
+        return self.backprops.square().mT @ self.activations.square()
+
+
+class Coordinates(NamedTuple):
+    """What a learned body sees of a matrix, all but the last two in the coordinates of the bases.
+
+    Attributes:
+        matrix: The matrix.
+        basis: Its bases.
+        gradient: The mean gradient (groups, o, i).
+        step: The nominal step at step size 1 (groups, o, i).
+        squares: Moving average of squared mean gradients, corrected for its start at zero (groups, o, i).
+        floor: What the nominal term adds to roots of squares (): coordinates far below it are rounding errors.
+        noise: The same of :meth:`TurnedRows.noise`; None where no factors explain the gradient.
+        rows: Factors of each row, or None.
+        own_gradient: The mean gradient in the parameter's own coordinates (groups, o, i).
+        average: The nominal term's average in the parameter's own coordinates (groups, o, i).
+    """
+
+    matrix: Matrix
+    basis: Basis
+    gradient: Tensor
+    step: Tensor
+    squares: Tensor
+    floor: Tensor
+    noise: Tensor | None
+    rows: TurnedRows | None
+    own_gradient: Tensor
+    average: Tensor
+
+
+def turn_rows(matrix: Matrix, basis: Basis, factors: DecomposedGradient | None) -> TurnedRows | None:
+    """Return the factors of a matrix in its bases; None without factors, or for a table."""
+    rows = None if factors is None or matrix.weight.role == "table" else rows_of_factors(matrix, factors)
+    if rows is None:
+        return None
+    activations, backprops = rows
+    if basis.columns.numel():
+        activations = activations @ basis.columns
+    if basis.rows.numel():
+        backprops = backprops @ basis.rows
+    return TurnedRows(activations, backprops)

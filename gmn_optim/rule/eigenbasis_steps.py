@@ -1,0 +1,75 @@
+"""The learned term in the eigenbasis: which matrices it serves, and what guards their steps."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gmn_optim.rule.coordinates import Coordinates
+from gmn_optim.rule.eigenbasis_body import EigenbasisBody
+from gmn_optim.rule.features import root
+from gmn_optim.rule.layout import Chunk, Layout
+from gmn_optim.rule.matrices import Matrix
+
+
+class EigenbasisSteps:
+    """Changes the steps of one update, see :attr:`gmn_optim.rule.nominal.Surroundings.change`, and says which it kept.
+
+    A matrix is served if its chunk is and factors explain its gradient. Its nominal step stays where the learned one is
+    not finite, or larger than allowed.
+
+    Args:
+        body: Changes the steps.
+        layout: Which parameters stand where.
+        parameters: Flat parameters of each chunk (size).
+        alpha: Step size ().
+        limit: The largest step, as a share of the parameters' size (root mean squares).
+        floor: Added to that size.
+    """
+
+    def __init__(
+        self,
+        body: EigenbasisBody,
+        layout: Layout,
+        parameters: Sequence[Tensor],
+        alpha: Tensor,
+        limit: float,
+        floor: float,
+    ) -> None:
+        self.body, self.layout, self.alpha = body, layout, alpha
+        self.limit, self.floor = limit, floor
+        self.pieces = [list(flat.split(chunk.sizes)) for chunk, flat in zip(layout.chunks, parameters, strict=True)]
+        self._guarded: dict[tuple[int, int], Tensor] = {}
+
+    def __call__(self, turned: Sequence[Coordinates]) -> list[Tensor]:
+        """Return the steps of all matrices (groups, o, i)."""
+        served = [each for each in turned if self._serves(each)]
+        own = [each.matrix.gather(self.pieces) for each in served]
+        changed = iter(self.body(served, own, len(turned)) if served else ())
+        parameters = iter(own)
+        return [
+            self._guard(each, next(changed), next(parameters)) if self._serves(each) else each.step for each in turned
+        ]
+
+    def guarded(self, number: int, chunk: Chunk, like: Tensor) -> Tensor:
+        """Return whether the learned step was replaced, for each segment of chunk ``number`` (segments)."""
+        none = torch.zeros((), dtype=torch.bool, device=like.device)
+        return torch.stack([self._guarded.get((number, place), none) for place in range(len(chunk.segments))])
+
+    def _serves(self, each: Coordinates) -> bool:
+        """Return whether the learned term serves a matrix."""
+        return each.rows is not None and self.layout.chunks[each.matrix.place.chunk].learned
+
+    def _guard(self, each: Coordinates, changed: Tensor, parameters: Tensor) -> Tensor:
+        """Return the changed step of a matrix, or its nominal one."""
+        size = root(parameters.square().mean()) + self.floor
+        length = self.alpha * root(changed.square().nan_to_num(nan=torch.inf).mean())
+        fits = length <= self.limit * size
+        self._note(each.matrix, ~fits)
+        return torch.where(fits, changed, each.step)
+
+    def _note(self, matrix: Matrix, guarded: Tensor) -> None:
+        """Remember whether a matrix was guarded, for its weight and its bias."""
+        for part in (matrix.place, matrix.bias):
+            if part is not None:
+                self._guarded[part] = guarded

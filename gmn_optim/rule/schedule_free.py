@@ -1,0 +1,133 @@
+"""Adam in the Kronecker eigenbasis, its iterates averaged: a constant step size that needs no schedule."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gmn_optim.rule.basis import Basis
+from gmn_optim.rule.coordinates import Coordinates
+from gmn_optim.rule.features import root
+from gmn_optim.rule.kronecker import KroneckerAdamTerm
+from gmn_optim.rule.matrices import Matrix
+from gmn_optim.rule.nominal import LEAST_SQUARE, Buffers, ChunkInputs, Surroundings, nominal_terms
+from gmn_optim.rule.scalars import SPEED, Decay, LogScalar
+
+REFERENCE_WIDTH, REFERENCE_DEPTH = 64, 2
+"""Inputs of a layer, and number of matrices in a model, at which the step size is what it says."""
+
+LEAST_SHARE = 0.005
+"""The average forgets at least so much at each step, so that it can follow when the data change late in a training."""
+
+FEWEST_INPUTS = 16
+"""A layer of fewer inputs takes the steps of one that has so many."""
+
+LEAST_SIZE, SIZES = 0.02, (0.1, 2.0)
+"""A layer whose weights are smaller than this at first, such as zero, takes ordinary steps; bounds for all others."""
+
+
+@nominal_terms.register("kronecker_schedule_free")
+class KroneckerScheduleFreeTerm(KroneckerAdamTerm):
+    """Primal averaging of steps that are Adam's, without momentum, in the Kronecker eigenbasis.
+
+    A point z takes the steps; x averages the points that z went through, the newest ``1 / sharpness`` of the training
+    so far weighing most; the parameters are ``y = (1 - beta) z + beta x``. Seen from y, the state is ``e = x - z``:
+    ``e <- (1 - c) (e + u)`` and ``y <- y - (c beta (e + u) + (1 - beta) u)`` for a step u, with ``c = k / (t + k - 1)``
+    at step t, 0.005 at least. That is a momentum whose memory grows with the training, so noise is averaged away at a
+    constant step size, as by a schedule that ends at zero, but without the length of the training being known.
+
+    The steps of a matrix shrink with the root of its inputs and of the number of matrices, since more small steps add
+    up at an output of a wide layer and of a deep model. They follow the size of its weights before the first step (root
+    mean square, against the ``1 / sqrt(3 inputs)`` of torch's initialization), so that networks whose weights are small
+    by design, such as SIREN, are not thrown out of their scale.
+
+    Reference:
+        Defazio et al. (2024), "The road less scheduled", arXiv 2405.15682, equations 3 to 5; George et al. (2018),
+        arXiv 1806.03884, for the basis.
+
+    Example:
+        >>> import torch
+        >>> term = KroneckerScheduleFreeTerm()
+        >>> e, v = torch.zeros(2), torch.zeros(2)
+        >>> direction, (e, v) = term.direction(torch.ones(2), (e, v), torch.ones(()))
+        >>> direction.tolist(), e.tolist()
+        ([1.0, 1.0], [0.0, 0.0])
+    """
+
+    default_alpha = 0.012
+    averages_gradients = False
+
+    def __init__(self, refresh_every: int = 50, method: str = "eigh") -> None:
+        super().__init__(refresh_every, method)
+        del self.beta1
+        self.beta2 = Decay(0.995)
+        self.epsilon = LogScalar(1e-16)  # with Adam's 1e-8, a small loss would take smaller steps
+        self.beta = Decay(0.8)
+        self.sharpness = LogScalar(10.0)
+        self.width_power, self.depth_power = (nn.Parameter(torch.tensor(-0.5 / SPEED)) for _ in range(2))
+        self.size_power = nn.Parameter(torch.tensor(1.0 / SPEED))
+
+    def direction(
+        self, gradient: Tensor, buffers: Buffers, step: Tensor, momentum: Tensor | None = None
+    ) -> tuple[Tensor, Buffers]:
+        """Return the step of the parameters, and the new buffers e and v."""
+        normalized, second = self._normalize(gradient, buffers[1], step)
+        direction, average = self._average(normalized, buffers[0], step, momentum)
+        return direction, (average, second)
+
+    def directions(
+        self, chunks: Sequence[ChunkInputs], bases: tuple[Basis, ...], around: Surroundings
+    ) -> tuple[list[tuple[Tensor, Buffers]], tuple[Basis, ...]]:
+        """Return the steps of the parameters and new buffers, matrices in their bases, and the new bases."""
+        steps, bases = super().directions(chunks, bases, around)
+        results = []
+        for inputs, (step, (_, *seconds)) in zip(chunks, steps, strict=True):
+            direction, average = self._average(step, inputs.buffers[0], inputs.step, inputs.momentum)
+            results.append((direction, (average, *seconds)))
+        return results, bases
+
+    def normalized(self, inputs: ChunkInputs) -> tuple[Tensor, Buffers]:
+        """Return Adam's direction without momentum on a chunk, and the buffers, all but the second as they were."""
+        average, second, *noise = inputs.buffers
+        direction, second = self._normalize(inputs.gradient, second, inputs.step)
+        return direction, (average, second, *noise)
+
+    def begin(self, matrix: Matrix, basis: Basis, around: Surroundings) -> Basis:
+        """Return the basis with the weight's size before the first step."""
+        return basis._replace(size=torch.where(basis.age == 0, _weight_size(matrix, around), basis.size))
+
+    def matrix_scale(self, each: Coordinates, around: Surroundings) -> Tensor:
+        """Return what a matrix's steps are multiplied by (), 1 at the reference, see the class."""
+        inputs = max(each.matrix.columns - (each.matrix.bias is not None), 1)
+        if each.matrix.weight.role == "table":  # only the row that is read acts on an output
+            inputs = 1
+        size = each.basis.size * math.sqrt(3 * inputs)
+        logs = (
+            math.log(max(inputs, FEWEST_INPUTS) / REFERENCE_WIDTH) * self.width_power,
+            math.log(len(around.layout.matrices) / REFERENCE_DEPTH) * self.depth_power,
+            torch.where(size < LEAST_SIZE, torch.ones_like(size), size).clamp(*SIZES).log() * self.size_power,
+        )
+        return torch.exp(SPEED * sum(logs))
+
+    def _normalize(self, gradient: Tensor, second: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``g / (sqrt(v) + epsilon)`` and the new v, corrected for its start at zero."""
+        beta2 = self.beta2()
+        second = torch.lerp(gradient.square(), second, beta2)
+        root = (second / (1 - torch.pow(beta2, step))).clamp_min(LEAST_SQUARE).sqrt()
+        return gradient / (root + self.epsilon()), second
+
+    def _average(self, step: Tensor, average: Tensor, number: Tensor, momentum: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the step of the parameters for a step of z, and the new e."""
+        beta, k = self.beta() if momentum is None else momentum, self.sharpness()
+        share = (k / (number + k - 1)).clamp_min(LEAST_SHARE)
+        moved = average + step
+        return share * beta * moved + (1 - beta) * step, (1 - share) * moved
+
+
+def _weight_size(matrix: Matrix, around: Surroundings) -> Tensor:
+    """Return the root mean square of a weight ()."""
+    chunk = around.layout.chunks[matrix.place.chunk]
+    start = sum(chunk.sizes[: matrix.place.segment])
+    weight = around.parameters[matrix.place.chunk].narrow(0, start, matrix.weight.size)
+    return root(weight.square().mean())

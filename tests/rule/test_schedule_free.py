@@ -1,0 +1,132 @@
+"""Averaged steps in the eigenbasis, against sequences that are written out."""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy
+import pytest
+import torch
+from torch import Tensor
+
+from gmn_optim.gradients import DecomposedGradient
+from gmn_optim.rule import Layout, RuleConfig, Segment, UpdateRule, build_chunks, kronecker
+from gmn_optim.rule.kronecker import KroneckerAdamTerm
+from gmn_optim.rule.schedule_free import KroneckerScheduleFreeTerm
+from tests import reference
+
+STEPS, ALPHA = 12, 0.05
+DUE = (1, 2, 3, 4, 8, 12)
+CLOSE = {"rtol": 1e-6, "atol": 1e-7}  # exponents are stored in float32
+
+
+@pytest.fixture(autouse=True)
+def _early_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let bases be made anew at the steps of ``DUE``."""
+    monkeypatch.setattr(kronecker, "FIRST_STEPS", 4)
+
+
+def make_rule() -> UpdateRule:
+    """Return the nominal term alone."""
+    rule = UpdateRule(RuleConfig(nominal="kronecker_schedule_free", body=None, alpha=ALPHA))
+    rule.nominal = KroneckerScheduleFreeTerm(refresh_every=4)
+    return rule.double().requires_grad_(False)
+
+
+def draw(count: int, *shape: int, seed: int = 0) -> list[Tensor]:
+    """Return random tensors in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(*shape, generator=generator).double() for _ in range(count)]
+
+
+def layers(*widths: int) -> Layout:
+    """Return the layout of linear layers."""
+    segments = []
+    for number, (inputs, outputs) in enumerate(pairwise(widths)):
+        segments.append(Segment(f"{number}.weight", (outputs, inputs), str(number), "weight"))
+        segments.append(Segment(f"{number}.bias", (outputs,), str(number), "bias"))
+    return Layout(tuple(build_chunks(segments, False)))
+
+
+def train(
+    layout: Layout,
+    start: dict[str, Tensor],
+    gradients: Sequence[dict[str, Tensor]],
+    factors: Sequence[dict[str, DecomposedGradient]],
+    momentum: float | None = None,
+) -> list[dict[str, Tensor]]:
+    """Return the parameters after every step."""
+    rule, current, passed = make_rule(), tuple(chunk.flatten(start) for chunk in layout.chunks), []
+    state = rule.init_state(layout, current[0])
+    momenta = () if momentum is None else [torch.tensor(momentum).double()] * len(layout.chunks)
+    for named, given in zip(gradients, factors, strict=True):
+        flat = tuple(chunk.flatten(named) for chunk in layout.chunks)
+        updates, state = rule(current, flat, state, layout, momenta=momenta, factors=given)
+        current = tuple(p - update.step for p, update in zip(current, updates, strict=True))
+        passed.append({k: v for c, p in zip(layout.chunks, current, strict=True) for k, v in c.unflatten(p).items()})
+    return passed
+
+
+def joined(named: dict[str, Tensor], layer: str) -> numpy.ndarray:
+    """Return a layer's weight with its bias as the last column."""
+    return torch.cat([named[f"{layer}.weight"], named[f"{layer}.bias"][:, None]], 1).numpy()
+
+
+@pytest.mark.parametrize(("size", "momentum"), [(1.0, None), (0.3, 0.6), (0.0, None), (1e-3, None), (0.01, 0.0)])
+@pytest.mark.parametrize("widths", [(3, 4), (20, 3, 5, 2)])
+def test_matrices_take_the_steps_of_three_sequences(
+    widths: tuple[int, ...], size: float, momentum: float | None
+) -> None:
+    layout, count = layers(*widths), len(widths) - 1
+    sides = {str(number): pair for number, pair in enumerate(pairwise(widths))}
+    start = {s.name: size * draw(1, *s.shape, seed=len(s.name))[0] for chunk in layout.chunks for s in chunk.segments}
+    drawn = {name: (draw(STEPS, 30, 1, i, seed=1), draw(STEPS, 30, 1, o, seed=2)) for name, (i, o) in sides.items()}
+    factors = [{name: DecomposedGradient(a[k], g[k]) for name, (a, g) in drawn.items()} for k in range(STEPS)]
+    gradients = [
+        {f"{n}.weight": f.sum_of_outer_products() for n, f in each.items()}
+        | {f"{n}.bias": f.sum_of_backprops() for n, f in each.items()}
+        for each in factors
+    ]
+    passed = train(layout, start, gradients, factors, momentum)
+    for name, (inputs, _) in sides.items():
+        scale = reference.schedule_free_scale(start[f"{name}.weight"].numpy(), inputs, count)
+        slow = reference.KroneckerScheduleFree(joined(start, name), (True, True), DUE, scale)
+        for gradient, given, found in zip(gradients, factors, passed, strict=True):
+            a, g = ([*factor.flatten(0, 1).numpy()] for factor in given[name])
+            columns = [numpy.append(row, 1.0) for row in a]
+            wanted = slow.move(joined(gradient, name), (g, columns), ALPHA, 0.8 if momentum is None else momentum)
+            torch.testing.assert_close(torch.from_numpy(joined(found, name)), torch.from_numpy(wanted), **CLOSE)
+
+
+@pytest.mark.parametrize("rows", [6, 20])
+def test_a_table_counts_as_having_one_input(rows: int) -> None:
+    layout = Layout(tuple(build_chunks([Segment("table", (rows, 3), "table", "table")], False)))
+    start, tokens = {"table": 0.2 * draw(1, rows, 3)[0]}, torch.arange(6).view(6, 1, 1)
+    backprops = draw(STEPS, 6, 1, 3, seed=3)
+    factors = [{"table": DecomposedGradient(tokens, g)} for g in backprops]
+    gradients = [{"table": torch.zeros(rows, 3).double().index_add(0, tokens.flatten(), g[:, 0])} for g in backprops]
+    scale = reference.schedule_free_scale(start["table"].numpy(), 1, 1)
+    slow = reference.KroneckerScheduleFree(start["table"].numpy(), (False, True), DUE, scale)
+    for gradient, g, found in zip(gradients, backprops, train(layout, start, gradients, factors), strict=True):
+        wanted = slow.move(gradient["table"].numpy(), ([numpy.ones(rows)], [*g[:, 0].numpy()]), ALPHA)
+        torch.testing.assert_close(found["table"], torch.from_numpy(wanted), **CLOSE)
+
+
+def test_the_size_of_a_weight_is_that_before_the_first_step() -> None:
+    layout, rule = layers(3, 4), make_rule()
+    (start,) = draw(1, 16)
+    state = rule.init_state(layout, start)
+    for number, size in enumerate((0.3, 5.0, 7.0)):
+        _, state = rule((size * start,), (start,), state, layout)
+        wanted = reference.root_mean_square((0.3 * start[:12]).tolist())
+        assert state.bases[0].size.item() == pytest.approx(wanted, rel=1e-12), number
+
+
+def test_a_convolutions_inputs_are_those_of_its_whole_window() -> None:
+    layout = Layout(tuple(build_chunks([Segment("w", (4, 8, 3, 3), "0", "weight")], False)))
+    (weight, gradient), rule, short = draw(2, 4 * 72), make_rule(), math.sqrt(64 / 72) * math.sqrt(2)
+    (update,), _ = rule((weight * 0,), (gradient,), rule.init_state(layout, weight), layout)
+    plain = UpdateRule(RuleConfig(nominal="kronecker_adam", body=None, alpha=ALPHA)).double()
+    plain.nominal = KroneckerAdamTerm(refresh_every=4).double()
+    (wanted,), _ = plain((weight * 0,), (gradient,), plain.init_state(layout, weight), layout)
+    torch.testing.assert_close(update.step, short * wanted.step, rtol=1e-5, atol=0)

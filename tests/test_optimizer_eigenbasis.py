@@ -1,0 +1,111 @@
+"""The body in the eigenbasis in an optimizer: rotations of hidden spaces, its guard, and the rows it does not see."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gmn_optim import GMNOptimizer, GradientCapture
+from gmn_optim.errors import InvalidArgumentError
+from gmn_optim.rule import RuleConfig
+from gmn_optim.rule.coordinates import TurnedRows
+from tests.cases import IN_EIGENBASIS, assert_same, distance, loss_of, make_rule, mlp, optimizer_for, snapshot, train
+
+
+class Radial(nn.Module):
+    """Scales the whole hidden layer by a function of its length: rotations pass through."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x tanh(|x|) / |x|``."""
+        length = x.norm(dim=-1, keepdim=True)
+        return x * length.tanh() / length
+
+
+def rotated(model: nn.Sequential) -> nn.Sequential:
+    """Return a copy with its hidden space rotated; it computes the same."""
+    other = copy.deepcopy(model)
+    turn = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(9)).double())[0]
+    with torch.no_grad():
+        other[0].weight.copy_(turn @ model[0].weight)
+        other[0].bias.copy_(turn @ model[0].bias)
+        other[-1].weight.copy_(model[-1].weight @ turn.mT)
+    return other
+
+
+@pytest.mark.parametrize("hidden", [nn.Identity, Radial])
+@pytest.mark.parametrize("arm", IN_EIGENBASIS)
+def test_rotations_of_the_hidden_space_commute_with_training(arm: str, hidden: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6), hidden(), nn.Linear(6, 7)).double()
+    start, twin = copy.deepcopy(model), rotated(model)
+    batches = [torch.randn(40, 8).double() * torch.linspace(0.5, 2.0, 8).double() for _ in range(15)]
+    for each in (model, twin):
+        train(each, optimizer_for(each, arm), batches)
+    assert distance(model, start) > 0.01
+    assert_same(twin, rotated(model), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e6])
+@pytest.mark.parametrize("arm", IN_EIGENBASIS)
+def test_a_bad_learned_step_gives_way_to_the_nominal_one_and_is_counted(make_model, doubles, arm, bad) -> None:
+    model, twin, rule = make_model(torch.float64), make_model(torch.float64), make_rule(arm)
+    plain = make_rule(arm)
+    for parameter in plain.body.output.parameters():
+        parameter.zero_()
+    rule.body.output.weight.zero_()
+    rule.body.output.bias.copy_(torch.tensor([0.0, bad]))
+    optimizer = GMNOptimizer(model, weights=rule)
+    train(model, optimizer, doubles[:2])
+    train(twin, GMNOptimizer(twin, weights=plain), doubles[:2])
+    assert_same(model, twin)
+    reports = optimizer.stats().parameters
+    assert {name: report.guarded for name, report in reports.items()} == dict.fromkeys(reports, 2)
+
+
+@pytest.mark.parametrize("arm", IN_EIGENBASIS)
+def test_odd_batches_and_precisions_leave_finite_parameters(arm: str) -> None:
+    for dtype, batch in ((torch.bfloat16, torch.randn(8, 5)), (torch.float32, torch.zeros(8, 5)),
+                         (torch.float32, torch.randn(1, 5))):  # fmt: skip
+        model = mlp().to(dtype)
+        before = snapshot(model)
+        train(model, optimizer_for(model, arm), [batch.to(dtype)] * 5)
+        assert all(p.isfinite().all() for p in model.parameters()) and distance(model, before) > 0
+
+
+@pytest.mark.parametrize("config", [{"nominal": "adam"}, {"nominal": "kronecker_schedule_free", "gated": True}])
+def test_a_body_without_bases_or_with_a_gate_is_refused(config: dict) -> None:
+    with pytest.raises(InvalidArgumentError, match="body = 'eigenbasis' must be another with this nominal term"):
+        RuleConfig(body="eigenbasis", **config)
+
+
+def noise(capture: GradientCapture, squares: bool) -> Tensor:
+    """Return the noise that the captured rows show."""
+    activations, backprops = capture.gradients(for_squares=squares)[""]
+    return TurnedRows(activations.movedim(1, 0), backprops.movedim(1, 0)).noise()
+
+
+def test_a_budget_of_rows_leaves_the_noise_about_as_it_is_on_average() -> None:
+    torch.manual_seed(0)
+    layer, found, wanted = nn.Linear(3, 2).double(), [], []
+    whole, thin = GradientCapture(layer), GradientCapture(layer, rows=10)
+    for _ in range(400):
+        layer.zero_grad()
+        loss_of(layer, torch.randn(40, 3).double()).backward()
+        found.append(noise(thin, True))
+        wanted.append(noise(whole, True))
+        assert torch.equal(noise(whole, True), noise(whole, False))
+        torch.testing.assert_close(noise(thin, False), 4.0 * noise(thin, True))
+        whole.clear(), thin.clear()
+    torch.testing.assert_close(
+        torch.stack(found).mean(0), torch.stack(wanted).mean(0), rtol=0.2, atol=0
+    )  # ranks are no draw
+
+
+@pytest.mark.parametrize("arm", IN_EIGENBASIS)
+def test_a_budget_that_is_large_enough_changes_nothing(make_model, doubles, arm) -> None:
+    model, twin = make_model(torch.float64), make_model(torch.float64)
+    train(model, optimizer_for(model, arm, rows=8), doubles)
+    train(twin, optimizer_for(twin, arm, rows=None), doubles)
+    assert_same(model, twin)
