@@ -37,6 +37,8 @@ def basis_sources(
 
 def _source(matrix: Matrix, explained: bool, reason: str) -> str:
     """Return what one matrix's basis is made from."""
+    if not matrix.has_basis:
+        return PLAIN
     source = FACTORS if explained else GRAM
     if not matrix.turns_rows:
         source += ", columns only"

@@ -31,6 +31,7 @@ def add_export(commands: Any) -> None:
     command.add_argument("--alias", action="append", default=[], help="a further name, such as 'default'")
     command.add_argument("--limit", action="append", default=[], help="a known limit, one sentence")
     command.add_argument("--commit", default="", help="revision that the run was made with")
+    command.add_argument("--share", type=float, default=1.0, help="of the learned term, of a run over a family")
     command.add_argument("--step", type=int, help="outer step; by default the best on validation data")
     command.add_argument("--quiet", action="store_true", help="no progress bars")
     command.set_defaults(run=_export)
@@ -64,6 +65,7 @@ def _export(options: argparse.Namespace) -> None:
         limits=tuple(options.limit),
         commit=options.commit,
         step=options.step,
+        share=options.share,
         progress=not options.quiet,
     )
     sys.stdout.write(results_table(weights.card.results) + "\n")

@@ -27,7 +27,7 @@ class Weights(NamedTuple):
 
     Example:
         >>> load_weights("default").rule.config.arm
-        'adam+ds+gmn'
+        'kronecker_schedule_free+eigenbasis'
     """
 
     rule: UpdateRule

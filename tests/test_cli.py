@@ -30,9 +30,12 @@ def test_list_takes_a_pattern(capsys):
 
 
 def test_show_tells_figures_and_limits(capsys):
-    status, out, _ = run(["show", "default"], capsys)
+    status, out, _ = run(["show", "fashion-mnist-mlp.adam-gmn"], capsys)
     assert status == 0
     assert "this rule" in out and "Limit:" in out and "Adam, lr" in out
+    status, out, _ = run(["show", "default"], capsys)
+    assert status == 0
+    assert "validation-letters-mlp" in out and "Limit:" in out and "geometric mean" in out
 
 
 def test_show_json_is_the_card(capsys):
@@ -55,7 +58,10 @@ def test_show_json_is_the_card(capsys):
         (["export", "{f}", "../x"], "name is '../x'"),
         (["verify", "defautl"], "Did you mean 'default'"),
         (["verify", "default", "--outer-steps", "-1"], "--outer-steps is -1; expected 0 or more"),
-        (["verify", "default", "--outer-steps", "1", "--quiet"], "records 0; only runs over a family have some"),
+        (
+            ["verify", "fashion-mnist-mlp.adam-gmn", "--outer-steps", "1", "--quiet"],
+            "only runs over a family have some",
+        ),
     ],
 )
 def test_a_wrong_argument_gives_one_clear_line_and_status_2(arguments, message, tmp_path, capsys):

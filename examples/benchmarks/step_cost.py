@@ -145,10 +145,10 @@ class Training:
         return [kept.factors / size, kept.state / size, kept.meta_model / size]
 
 
-def measure(name: str, case: Case, rounds: int) -> tuple[str, ...]:
+def measure(name: str, case: Case, rounds: int, weights: str) -> tuple[str, ...]:
     """Return a row of the table."""
     adam = Training(case, lambda model: torch.optim.Adam(model.parameters(), 1e-4))
-    ours = Training(case, lambda model: GMNOptimizer(model, lr=0.1))
+    ours = Training(case, lambda model: GMNOptimizer(model, weights=weights, lr=0.1))
     batch = case.batch()
     for training in (adam, ours):
         training.step(batch)
@@ -167,13 +167,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--weights", default="default")
     parser.add_argument("--gpt2", action="store_true", help="a model of the size of GPT-2 small too: needs 12 GB")
     parser.add_argument("--smoke", action="store_true", help="tiny models, to see whether it runs")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     cases = SMALL if options.smoke else {**CASES, **(GPT2_SMALL if options.gpt2 else {})}
     header = ("model", "parameters", "Adam", "GMNOptimizer", "ratio", "factors", "state", "meta-model")
-    print(format_table([header, *(measure(name, case, options.rounds) for name, case in cases.items())]))
+    rows = [measure(name, case, options.rounds, options.weights) for name, case in cases.items()]
+    print(format_table([header, *rows]))
 
 
 if __name__ == "__main__":

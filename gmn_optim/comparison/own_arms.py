@@ -15,7 +15,7 @@ from gmn_optim.weights import load_weights
 KRONECKER_LRS = geometric_grid(3.2e-4, 3.2e-2)
 
 
-@register("gmn", lrs=(1.0,), remark="not tuned; meta-trained on fashion-mnist-mlp")
+@register("gmn", lrs=(1.0,), remark="not tuned; meta-trained on the family default")
 def make_gmn(model: nn.Module, lr: float, total_steps: int) -> torch.optim.Optimizer:
     """Return GMNOptimizer with the default weights; its grid is lr=1.0 alone: it runs untuned."""
     return GMNOptimizer(model, lr=lr)
@@ -70,9 +70,10 @@ def nominal_rule(rule: UpdateRule) -> UpdateRule:
 
     Example:
         >>> nominal_rule(load_weights("default").rule).config.arm
-        'adam'
+        'kronecker_schedule_free'
     """
-    alone = UpdateRule(replace(rule.config, body=None, gradmetanet=None)).requires_grad_(False)
+    config = replace(rule.config, body=None, gradmetanet=None, share=1.0, least_size=0.0)
+    alone = UpdateRule(config).requires_grad_(False)
     known = alone.state_dict()
     alone.load_state_dict({name: value for name, value in rule.state_dict().items() if name in known})
     return alone

@@ -3,17 +3,33 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gmn_optim.errors import CheckpointError, InvalidArgumentError
 from gmn_optim.metatrain.log import read_lines
+from gmn_optim.rule import RuleConfig
 
 Summary = Mapping[str, Any]
 """A line of ``validation.jsonl`` that tells means and figures of an outer step."""
 
 LARGEST_RATIO = 1.05
 """Of final losses, against the nominal term, for an outer step to count as doing no harm."""
+
+
+LEAST_SIZE = 0.25
+"""Of a matrix at first, for exported weights to serve its model; of tasks that are drawn only SIREN has smaller."""
+
+
+def as_used(config: RuleConfig, share: float) -> RuleConfig:
+    """Return the configuration that meta-trained weights are used with, a share of the learned term.
+
+    Example:
+        >>> as_used(RuleConfig(nominal="kronecker_schedule_free", body="eigenbasis"), 0.5).share
+        0.5
+    """
+    return replace(config, share=share, least_size=LEAST_SIZE if config.in_eigenbasis else 0.0)
 
 
 class Choice(NamedTuple):
@@ -28,7 +44,7 @@ class Choice(NamedTuple):
     reason: str
 
 
-def read_summaries(path: Path, step: int | None = None) -> list[Summary]:
+def read_summaries(path: Path, step: int | None = None, share: float = 1.0) -> list[Summary]:
     """Return the summaries of one protocol and set of tasks, by outer step.
 
     Where the file holds several: those of the most tasks, of these the most outer steps, of these the last ones.
@@ -36,13 +52,14 @@ def read_summaries(path: Path, step: int | None = None) -> list[Summary]:
     Args:
         path: Of ``validation.jsonl``.
         step: An outer step that must be among them, if one of the protocols has it.
+        share: Of the learned term that was measured.
 
     Raises:
         CheckpointError: nothing has been validated.
     """
     groups: dict[str, dict[int, Summary]] = {}
     for line in read_lines(path):
-        if "against_adam" in line:
+        if "against_adam" in line and line.get("share", 1.0) == share:
             key = json.dumps([line["settings"], sorted(line["tasks"])], sort_keys=True)
             groups[key] = {**groups.pop(key, {}), line["step"]: line}
     if not groups:

@@ -19,6 +19,7 @@ def export_run(
     limits: tuple[str, ...] = (),
     commit: str = "",
     step: int | None = None,
+    share: float = 1.0,
     every: int = 20,
     progress: bool = False,
 ) -> Weights:
@@ -36,6 +37,7 @@ def export_run(
         limits: Known limits.
         commit: Revision that the run was made with.
         step: Outer step; None for the best on validation data.
+        share: Of the learned term, of a run over a family: one that was validated.
         every: Inner steps between two measurements on a task.
         progress: Whether to show bars.
 
@@ -53,7 +55,7 @@ def export_run(
     about = {"name": name, "description": description, "aliases": aliases, "limits": limits}
     about |= {"commit": commit, "package_version": __version__}
     if "family" in read_run(Path(folder))["settings"]:
-        found = describe_family_run(Path(folder), about, step)
+        found = describe_family_run(Path(folder), about, step, share)
     else:
         found = describe_task_run(Path(folder), about, step, every=every, progress=progress)
     return save_weights(found.rule, found.card, out)

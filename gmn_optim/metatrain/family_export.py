@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gmn_optim.metatrain.choice import Choice, choose_summary, read_summaries
+from gmn_optim.metatrain.choice import Choice, as_used, choose_summary, read_summaries
 from gmn_optim.metatrain.export import load_meta, record_replay
 from gmn_optim.metatrain.log import LOG, read_lines
 from gmn_optim.metatrain.reproduction import record_reproduction
@@ -17,13 +17,14 @@ REPLAY_TASK = "validation-letters-mlp"
 """On data that ship with the package, and small."""
 
 
-def describe_family_run(folder: Path, about: Mapping[str, Any], step: int | None = None) -> Weights:
+def describe_family_run(folder: Path, about: Mapping[str, Any], step: int | None = None, share: float = 1.0) -> Weights:
     """Return the rule of a run over a family at its best outer step, with a card that has no hash yet.
 
     Args:
         folder: Of the run; ``gmn-optim validate`` has measured it.
         about: Entries of the card that the run does not tell, its name among them.
         step: Outer step; None for the best on the validation tasks.
+        share: Of the learned term; it was validated.
 
     Raises:
         CheckpointError: the folder holds no run, or nothing has been validated.
@@ -31,8 +32,8 @@ def describe_family_run(folder: Path, about: Mapping[str, Any], step: int | None
     """
     facts = read_run(folder)
     settings = facts["settings"]
-    config = RuleConfig.from_dict(settings["rule"])
-    choice = choose_summary(read_summaries(folder / VALIDATION, step), step)
+    config = as_used(RuleConfig.from_dict(settings["rule"]), share)
+    choice = choose_summary(read_summaries(folder / VALIDATION, step, share), step)
     chosen = choice.summary["step"]
     unroll = build_unroll(REPLAY_TASK, config, seed=settings["trainer"]["seed"])
     meta = load_meta(folder, chosen, unroll)
@@ -53,7 +54,7 @@ def describe_family_run(folder: Path, about: Mapping[str, Any], step: int | None
 
 def _results(choice: Choice) -> dict[str, Any]:
     """Return a card's figures: the summary of the chosen outer step, and why it was chosen."""
-    figures = {key: value for key, value in choice.summary.items() if key not in ("step", "settings")}
+    figures = {key: value for key, value in choice.summary.items() if key not in ("step", "share", "settings")}
     return {"choice": choice.reason, "settings": choice.summary["settings"], **figures}
 
 

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from gmn_optim.errors import CheckpointError, InvalidArgumentError
 from gmn_optim.metatrain.checkpoint import load_checkpoint
+from gmn_optim.metatrain.choice import as_used
 from gmn_optim.metatrain.family_evaluation import (
     MULTIPLIERS,
     TUNED_ADAM_LRS,
@@ -39,6 +40,7 @@ class Validation:
         protocol: How trainings are measured. Lines of other protocols in the file stay, and count for nothing.
         multipliers: Of the nominal term's step size.
         names: Of validation tasks of the family, all of them by default.
+        share: Of the learned term, see :class:`gmn_optim.rule.RuleConfig`.
 
     Raises:
         CheckpointError: the folder holds no run over a family.
@@ -51,18 +53,24 @@ class Validation:
         protocol: Protocol,
         multipliers: Sequence[float] = MULTIPLIERS,
         names: Sequence[str] = (),
+        share: float = 1.0,
     ) -> None:
         self.folder = Path(folder)
         settings = read_run(self.folder)["settings"]
         if "family" not in settings:
             raise CheckpointError(f"{self.folder} is no run over a family; 'meta-train --family' makes one")
         self.names = _subset(families[settings["family"]]().validation, names)
-        self.config = RuleConfig.from_dict(settings["rule"])
+        self.config = as_used(RuleConfig.from_dict(settings["rule"]), share)
         self.protocol = protocol
         self.multipliers = tuple(multipliers)
         self.settings = {**protocol._asdict(), "seeds": list(protocol.seeds), "multipliers": list(self.multipliers)}
         drop_unfinished_line(self.path)
         self._lines = [line for line in read_lines(self.path) if line["settings"] == self.settings]
+
+    @property
+    def share(self) -> float:
+        """Return the share of the learned term that is measured."""
+        return self.config.share
 
     @property
     def path(self) -> Path:
@@ -115,7 +123,7 @@ class Validation:
         """Return the evaluation of an outer step, and write its summary if it is new."""
         bar = tqdm(self.names, f"step {step}", disable=not progress, leave=False)
         found = compare({name: self._curve(name, step, progress) for name in bar}, references, self.protocol.every)
-        summary = {"step": step, **found.to_dict()}
+        summary = {"step": step, "share": self.share, **found.to_dict()}
         if not any(line == {**summary, "settings": self.settings} for line in self._lines):
             self._write(summary)
         return found
@@ -123,10 +131,10 @@ class Validation:
     def _curve(self, name: str, step: int, progress: bool) -> Curve:
         """Return the curve of an outer step on a task."""
         for line in self._lines:
-            if "curve" in line and (line["task"], line["step"]) == (name, step):
+            if "curve" in line and (line["task"], line["step"], line.get("share", 1.0)) == (name, step, self.share):
                 return _restored(line["curve"])
         curve = train_curve(name, self.config, self._meta(step), self.protocol, progress)
-        self._write({"step": step, "task": name, "curve": rounded(curve)})
+        self._write({"step": step, "share": self.share, "task": name, "curve": rounded(curve)})
         return self._curve(name, step, progress)
 
     def _meta(self, step: int) -> Meta:

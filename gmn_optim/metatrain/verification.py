@@ -3,7 +3,7 @@
 import math
 import tempfile
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,7 +112,7 @@ def trainer_config(card: WeightsCard) -> FamilyConfig:
         WeightsError: one is missing.
 
     Example:
-        >>> from dataclasses import asdict
+        >>> from dataclasses import asdict, replace
         >>> training = {**asdict(FamilyConfig(lr=0.5)), "chosen_step": 100}
         >>> trainer_config(WeightsCard(name="a", description="b", rule={}, training=training)).lr
         0.5
@@ -127,7 +127,9 @@ def trainer_config(card: WeightsCard) -> FamilyConfig:
 def _retrain(card: WeightsCard, folder: Path, steps: int, progress: bool) -> None:
     """Take the first outer steps of a card's run."""
     config = trainer_config(card)
-    rule = build_rule(RuleConfig.from_dict(card.rule), seed=config.seed)
+    # both are chosen after meta-training
+    trained = replace(RuleConfig.from_dict(card.rule), share=1.0, least_size=0.0)
+    rule = build_rule(trained, seed=config.seed)
     trainer = FamilyTrainer(families[card.family](), rule, config, folder)
     trainer.run(steps, progress=progress)
 

@@ -31,6 +31,9 @@ class RuleConfig:
         decay: Initial decay of that schedule: alpha starts as ``alpha exp(-decay (tanh(t / 1000 - 1) + tanh 1))``.
         alpha: Initial step size; None for the nominal term's own.
         beta: Initial weight of the learned term.
+        share: What a body in the eigenbasis writes is multiplied by it: 1 as meta-trained, 0 for the nominal term.
+        least_size: A body in the eigenbasis leaves a model to the nominal term if one of its matrices is smaller at
+            first (root mean square against torch's initialization, zeros excepted); 0 to serve all.
         guard: A tensor's learned step larger than this share of its size (root mean squares, plus 0.1 for the
             size) is replaced by the nominal one.
 
@@ -53,6 +56,8 @@ class RuleConfig:
     decay: float = 0.0
     alpha: float | None = None
     beta: float = 0.001
+    share: float = 1.0
+    least_size: float = 0.0
     guard: float = 1.0
 
     def __post_init__(self) -> None:
@@ -67,6 +72,14 @@ class RuleConfig:
                 ("depth", self.depth, is_count(self.depth, 64), "whole, 1 to 64"),
                 ("alpha", self.alpha, self.alpha is None or _is_positive(self.alpha), "positive, at most 1e6"),
                 ("beta", self.beta, _is_positive(self.beta), "positive, at most 1e6"),
+                ("share", self.share, self.share == 0 or _is_positive(self.share), "0 or positive, at most 1e6"),
+                (
+                    "least_size",
+                    self.least_size,
+                    self.least_size == 0 or (self.in_eigenbasis and _is_positive(self.least_size)),
+                    "0, or positive if the body is in the eigenbasis",
+                ),
+                ("share", self.share, self.share == 1 or self.in_eigenbasis, "1 unless the body is in the eigenbasis"),
                 ("guard", self.guard, _is_positive(self.guard), "positive, at most 1e6"),
                 ("gated", self.gated, type(self.gated) is bool, "true or false"),
                 ("scheduled", self.scheduled, type(self.scheduled) is bool, "true or false"),

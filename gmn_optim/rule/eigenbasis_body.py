@@ -32,15 +32,16 @@ class EigenbasisBody(nn.Module):
         width: Hidden channels.
         gradmetanet: Sizes of the GradMetaNet that reads the eigen-neurons, or None.
         data_points: Rows that it reads.
+        share: What the outputs are multiplied by, 1 as meta-trained.
 
     Reference:
         Gelberg et al. (2025), arXiv 2507.01649, section 4, for the product layer; George et al. (2018),
         arXiv 1806.03884, for the bases.
     """
 
-    def __init__(self, width: int, gradmetanet: GradMetaNetConfig | None, data_points: int) -> None:
+    def __init__(self, width: int, gradmetanet: GradMetaNetConfig | None, data_points: int, share: float = 1.0) -> None:
         super().__init__()
-        self.data_points = data_points
+        self.data_points, self.share = data_points, share
         self.from_coordinates = nn.Linear(COORDINATE_CHANNELS, width, bias=False)
         self.from_layer = nn.Linear(LAYER_CHANNELS, width)
         self.output = nn.Linear(width, 2)
@@ -87,7 +88,7 @@ class EigenbasisBody(nn.Module):
         if around is not None:
             per_row = per_row + around.outputs.unsqueeze(-2)
             hidden = hidden.add_(around.inputs.unsqueeze(-3))
-        scale, share = (OUTPUT_SPEED * self.output(hidden.add_(per_row).relu_())).unbind(-1)
+        scale, share = (self.share * OUTPUT_SPEED * self.output(hidden.add_(per_row).relu_())).unbind(-1)
         both = each.squares if each.noise is None else each.squares + each.noise
         return each.step * torch.exp(2 * torch.tanh(scale)) + share * each.gradient / (both.sqrt() + each.floor)
 

@@ -1,5 +1,6 @@
 """The learned term in the eigenbasis: which matrices it serves, and what guards their steps."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,13 +11,15 @@ from gmn_optim.rule.eigenbasis_body import EigenbasisBody
 from gmn_optim.rule.features import root
 from gmn_optim.rule.layout import Chunk, Layout
 from gmn_optim.rule.matrices import Matrix
+from gmn_optim.rule.schedule_free import LEAST_SIZE
 
 
 class EigenbasisSteps:
     """Changes the steps of one update, see :attr:`gmn_optim.rule.nominal.Surroundings.change`, and says which it kept.
 
-    A matrix is served if its chunk is and factors explain its gradient. Its nominal step stays where the learned one is
-    not finite, or larger than allowed.
+    A matrix is served if its chunk is, factors explain its gradient, and one of its sides has a basis. Its nominal step
+    stays where the learned one is not finite, or larger than allowed; all nominal steps stay in a model one of whose
+    matrices has far smaller weights at first than those of meta-training.
 
     Args:
         body: Changes the steps.
@@ -25,6 +28,7 @@ class EigenbasisSteps:
         alpha: Step size ().
         limit: The largest step, as a share of the parameters' size (root mean squares).
         floor: Added to that size.
+        least_size: Of a matrix at first, see :class:`gmn_optim.rule.RuleConfig`.
     """
 
     def __init__(
@@ -35,14 +39,16 @@ class EigenbasisSteps:
         alpha: Tensor,
         limit: float,
         floor: float,
+        least_size: float = 0.0,
     ) -> None:
         self.body, self.layout, self.alpha = body, layout, alpha
-        self.limit, self.floor = limit, floor
+        self.limit, self.floor, self.least_size = limit, floor, least_size
         self.pieces = [list(flat.split(chunk.sizes)) for chunk, flat in zip(layout.chunks, parameters, strict=True)]
         self._guarded: dict[tuple[int, int], Tensor] = {}
 
     def __call__(self, turned: Sequence[Coordinates]) -> list[Tensor]:
         """Return the steps of all matrices (groups, o, i)."""
+        self._is_known = self._knows(turned)
         served = [each for each in turned if self._serves(each)]
         own = [each.matrix.gather(self.pieces) for each in served]
         changed = iter(self.body(served, own, len(turned)) if served else ())
@@ -58,15 +64,23 @@ class EigenbasisSteps:
 
     def _serves(self, each: Coordinates) -> bool:
         """Return whether the learned term serves a matrix."""
-        return each.rows is not None and self.layout.chunks[each.matrix.place.chunk].learned
+        return each.rows is not None and each.matrix.has_basis and self.layout.chunks[each.matrix.place.chunk].learned
 
     def _guard(self, each: Coordinates, changed: Tensor, parameters: Tensor) -> Tensor:
         """Return the changed step of a matrix, or its nominal one."""
         size = root(parameters.square().mean()) + self.floor
         length = self.alpha * root(changed.square().nan_to_num(nan=torch.inf).mean())
-        fits = length <= self.limit * size
+        fits = (length <= self.limit * size) & self._is_known
         self._note(each.matrix, ~fits)
         return torch.where(fits, changed, each.step)
+
+    def _knows(self, turned: Sequence[Coordinates]) -> Tensor:
+        """Return whether every matrix began with large enough weights, or with zeros ()."""
+        known = torch.ones((), dtype=torch.bool)
+        for each in turned:
+            size = each.basis.size * math.sqrt(3 * max(each.matrix.columns - (each.matrix.bias is not None), 1))
+            known = known.to(size.device) & ((size >= self.least_size) | (size < LEAST_SIZE))
+        return known
 
     def _note(self, matrix: Matrix, guarded: Tensor) -> None:
         """Remember whether a matrix was guarded, for its weight and its bias."""

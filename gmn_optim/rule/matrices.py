@@ -49,6 +49,11 @@ class Matrix:
     turns_rows: bool
     turns_columns: bool
 
+    @property
+    def has_basis(self) -> bool:
+        """Return whether rows or columns have a basis."""
+        return self.turns_rows or self.turns_columns
+
     def gather(self, pieces: Pieces) -> Tensor:
         """Return the elements of the matrix (groups, o, i)."""
         weight = pieces[self.place.chunk][self.place.segment].view(self.groups, self.rows, -1)
@@ -68,7 +73,8 @@ class Matrix:
 def find_matrices(chunks: Sequence[tuple[int, Sequence[Segment]]]) -> tuple[Matrix, ...]:
     """Return the matrices among the segments of chunks, each chunk with the number of its clock.
 
-    A bias goes with its layer's weight if both have the same clock; otherwise it is a vector.
+    A bias goes with its layer's weight if both have the same clock; otherwise it is a vector. A matrix whose sides are
+    both too long for a basis is one all the same: how far it steps depends on its sides.
 
     Example:
         >>> weight, bias = Segment("w", (3, 2), "0", "weight"), Segment("b", (3,), "0", "bias")
@@ -83,12 +89,11 @@ def find_matrices(chunks: Sequence[tuple[int, Sequence[Segment]]]) -> tuple[Matr
         for place, segment in enumerate(segments)
     ]
     biases = {(clock, segment.layer): part for clock, segment, part in found if segment.role == "bias"}
-    candidates = [
+    return tuple(
         _matrix(segment, part, biases.get((clock, segment.layer)))
         for clock, segment, part in found
         if segment.role in ("weight", "table", "other") and len(segment.shape) > 1 and segment.size
-    ]
-    return tuple(matrix for matrix in candidates if matrix.turns_rows or matrix.turns_columns)
+    )
 
 
 def _matrix(weight: Segment, place: Part, bias: Part | None) -> Matrix:

@@ -115,7 +115,7 @@ class UpdateRule(nn.Module):
         if config.scheduled:
             self.schedule = _decaying_schedule(config.decay)
         if config.in_eigenbasis:
-            self.body = bodies[config.body](config.width, config.gradmetanet, config.data_points)
+            self.body = bodies[config.body](config.width, config.gradmetanet, config.data_points, config.share)
             self.nominal.track_noise()
         elif config.body is not None:
             self.beta = LogScalar(config.beta)
@@ -193,7 +193,9 @@ class UpdateRule(nn.Module):
         """Return what changes the steps of matrices in their bases, where the body does."""
         if not self.config.in_eigenbasis:
             return None
-        return EigenbasisSteps(self.body, layout, parameters, self.step_size(step), self.config.guard, SIZE_FLOOR)
+        config = self.config
+        alpha = self.step_size(step)
+        return EigenbasisSteps(self.body, layout, parameters, alpha, config.guard, SIZE_FLOOR, config.least_size)
 
     def _scale_chunks(
         self,

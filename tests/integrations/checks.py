@@ -10,13 +10,16 @@ from torch import nn
 from gmn_optim import GMNOptimizer, load_weights
 from gmn_optim.rule import RuleConfig
 
+EVERY_LAYER = "fashion-mnist-mlp.adam-gmn"
+"""Weights that serve every kind of layer."""
+
 Loop = Callable[[nn.Module, GMNOptimizer], object]
 """Trains a model with an optimizer."""
 
 
 def default_config() -> RuleConfig:
-    """Return the configuration of the rule of ``GMNOptimizer(model)``."""
-    return load_weights("default").rule.config
+    """Return the configuration of the rule of ``GMNOptimizer(model)`` in these tests."""
+    return load_weights(EVERY_LAYER).rule.config
 
 
 def assert_served(optimizer: GMNOptimizer, steps: int, missed: Collection[str] = ()) -> None:

@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from gmn_optim import GMNOptimizer
+from tests.integrations.checks import EVERY_LAYER
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
@@ -15,6 +18,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def weights_that_serve_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ``GMNOptimizer(model)`` take weights that serve vectors and tables too, and read all neurons.
+
+    What is tested here is the loop around the optimizer. With fewer parameters to serve, less could go wrong.
+    """
+    defaults = {**GMNOptimizer.__init__.__kwdefaults__, "weights": EVERY_LAYER}
+    monkeypatch.setattr(GMNOptimizer.__init__, "__kwdefaults__", defaults)
 
 
 @pytest.fixture

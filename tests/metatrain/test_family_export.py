@@ -171,7 +171,7 @@ def test_more_outer_steps_than_recorded_are_refused(weights):
     with pytest.raises(InvalidArgumentError, match="11 outer steps asked for, the card of tiny records 10"):
         verify_outer_steps(weights.card, 11)
     with pytest.raises(InvalidArgumentError, match="only runs over a family have some"):
-        verify_outer_steps(load_weights("default").card, 1)
+        verify_outer_steps(load_weights("fashion-mnist-mlp.adam-gmn").card, 1)
 
 
 def test_a_card_without_its_settings_or_replay_is_refused(weights):
