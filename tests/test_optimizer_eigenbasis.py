@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,9 +10,20 @@ from torch import Tensor, nn
 
 from gmn_optim import GMNOptimizer, GradientCapture
 from gmn_optim.errors import InvalidArgumentError
-from gmn_optim.rule import RuleConfig
+from gmn_optim.rule import RuleConfig, UpdateRule
 from gmn_optim.rule.coordinates import TurnedRows
-from tests.cases import IN_EIGENBASIS, assert_same, distance, loss_of, make_rule, mlp, optimizer_for, snapshot, train
+from tests.cases import (
+    IN_EIGENBASIS,
+    assert_same,
+    distance,
+    loss_of,
+    make_rule,
+    mlp,
+    optimizer_for,
+    snapshot,
+    train,
+    without_learned_term,
+)
 
 
 class Radial(nn.Module):
@@ -109,3 +121,52 @@ def test_a_budget_that_is_large_enough_changes_nothing(make_model, doubles, arm)
     train(model, optimizer_for(model, arm, rows=8), doubles)
     train(twin, optimizer_for(twin, arm, rows=None), doubles)
     assert_same(model, twin)
+
+
+def rule_with(**changes: float) -> UpdateRule:
+    """Return a rule with random meta-parameters and some of its configuration changed."""
+    rule = make_rule("eigenbasis")
+    other = UpdateRule(replace(rule.config, **changes)).double().requires_grad_(False)
+    other.load_state_dict(rule.state_dict())
+    return other
+
+
+def test_a_share_of_nothing_is_the_nominal_term_and_a_half_is_neither(make_model, doubles) -> None:
+    models = {}
+    for name, rule in {
+        "none": rule_with(share=0.0),
+        "half": rule_with(share=0.5),
+        "all": rule_with(),
+        "nominal": without_learned_term(rule_with()),
+    }.items():
+        models[name] = make_model(torch.float64)
+        train(models[name], GMNOptimizer(models[name], weights=rule), doubles[:3])
+    assert_same(models["none"], models["nominal"])
+    assert distance(models["half"], models["nominal"]) > 1e-6 and distance(models["half"], models["all"]) > 1e-6
+
+
+@pytest.mark.parametrize(("factor", "is_served"), [(0.1, False), (1.0, True), (0.0, True)])
+def test_a_model_with_a_matrix_that_is_too_small_gets_the_nominal_term_and_is_counted(
+    make_model, doubles, factor: float, is_served: bool
+) -> None:
+    model = make_model(torch.float64)
+    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    with torch.no_grad():
+        last.weight.mul_(factor)  # one of zeros is no small one, it starts there on purpose
+    twin = copy.deepcopy(model)
+    optimizer = GMNOptimizer(model, weights=rule_with(least_size=0.25))
+    train(model, optimizer, doubles[:3])
+    train(twin, GMNOptimizer(twin, weights=without_learned_term(rule_with())), doubles[:3])
+    assert (distance(model, snapshot(twin)) > 1e-6) == is_served
+    assert (optimizer.stats().guarded == 0) == is_served
+
+
+@pytest.mark.parametrize("changes", [{"share": -1.0}, {"least_size": -0.1}])
+def test_shares_and_sizes_below_zero_are_refused(changes: dict[str, float]) -> None:
+    with pytest.raises(InvalidArgumentError, match=next(iter(changes))):
+        rule_with(**changes)
+
+
+def test_the_rest_of_a_rule_has_neither() -> None:
+    with pytest.raises(InvalidArgumentError, match="share = 0.5 must be 1 unless the body is in the eigenbasis"):
+        RuleConfig(share=0.5)

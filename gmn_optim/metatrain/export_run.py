@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from gmn_optim.errors import InvalidArgumentError
 from gmn_optim.metatrain.family_export import describe_family_run
 from gmn_optim.metatrain.runs import read_run
 from gmn_optim.metatrain.task_export import describe_task_run
@@ -43,7 +44,8 @@ def export_run(
 
     Raises:
         CheckpointError: the folder holds no run, or one over a family that was not validated.
-        InvalidArgumentError: the name is no file name, or the outer step was not evaluated.
+        InvalidArgumentError: the name is no file name, the outer step was not evaluated, or a share was asked for of a
+            run on one task.
 
     Example:
         >>> export_run("no/such/folder", "mine", ".")  # doctest: +ELLIPSIS
@@ -56,6 +58,10 @@ def export_run(
     about |= {"commit": commit, "package_version": __version__}
     if "family" in read_run(Path(folder))["settings"]:
         found = describe_family_run(Path(folder), about, step, share)
+    elif share != 1.0:
+        raise InvalidArgumentError(
+            f"share is {share}, and {folder} is a run on one task: its rule is used whole; omit it"
+        )
     else:
         found = describe_task_run(Path(folder), about, step, every=every, progress=progress)
     return save_weights(found.rule, found.card, out)

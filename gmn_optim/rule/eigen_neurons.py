@@ -51,6 +51,11 @@ def gather_eigen_neurons(turned: Sequence[TurnedRows], rows: int) -> EigenNeuron
     Args:
         turned: Factors of each matrix in its bases, at least one.
         rows: Number r of rows for the sets, see :func:`gmn_optim.neuron_sets.choose_rows`.
+
+    Example:
+        >>> neurons = gather_eigen_neurons([TurnedRows(torch.randn(1, 7, 3), torch.randn(1, 7, 4))], rows=5)
+        >>> neurons.sets.shape, neurons.neurons.shape, neurons.spaces.widths
+        (torch.Size([5, 7, 2]), torch.Size([7, 2]), (3, 4))
     """
     flat = {str(number): tuple(side.movedim(0, 1).flatten(1) for side in each) for number, each in enumerate(turned)}
     chosen = choose_rows(flat, rows)

@@ -37,6 +37,11 @@ class EigenbasisBody(nn.Module):
     Reference:
         Gelberg et al. (2025), arXiv 2507.01649, section 4, for the product layer; George et al. (2018),
         arXiv 1806.03884, for the bases.
+
+    Example:
+        >>> body = EigenbasisBody(width=16, gradmetanet=None, data_points=32)
+        >>> sum(parameter.numel() for parameter in body.parameters()), bool(body.output.weight.any())
+        (242, False)
     """
 
     def __init__(self, width: int, gradmetanet: GradMetaNetConfig | None, data_points: int, share: float = 1.0) -> None:

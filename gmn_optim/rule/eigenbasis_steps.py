@@ -78,7 +78,7 @@ class EigenbasisSteps:
         """Return whether every matrix began with large enough weights, or with zeros ()."""
         known = torch.ones((), dtype=torch.bool)
         for each in turned:
-            size = each.basis.size * math.sqrt(3 * max(each.matrix.columns - (each.matrix.bias is not None), 1))
+            size = each.basis.size * math.sqrt(3 * each.matrix.inputs)
             known = known.to(size.device) & ((size >= self.least_size) | (size < LEAST_SIZE))
         return known
 

@@ -54,6 +54,11 @@ class Matrix:
         """Return whether rows or columns have a basis."""
         return self.turns_rows or self.turns_columns
 
+    @property
+    def inputs(self) -> int:
+        """Return the columns without that of the bias, 1 at least."""
+        return max(self.columns - (self.bias is not None), 1)
+
     def gather(self, pieces: Pieces) -> Tensor:
         """Return the elements of the matrix (groups, o, i)."""
         weight = pieces[self.place.chunk][self.place.segment].view(self.groups, self.rows, -1)

@@ -71,7 +71,7 @@ class KroneckerScheduleFreeTerm(KroneckerAdamTerm):
     def direction(
         self, gradient: Tensor, buffers: Buffers, step: Tensor, momentum: Tensor | None = None
     ) -> tuple[Tensor, Buffers]:
-        """Return the step of the parameters, and the new buffers e and v."""
+        """Return the step of the parameters, and the new buffers e and v; ``momentum`` takes the place of beta."""
         normalized, second = self._normalize(gradient, buffers[1], step)
         direction, average = self._average(normalized, buffers[0], step, momentum)
         return direction, (average, second)
@@ -94,14 +94,15 @@ class KroneckerScheduleFreeTerm(KroneckerAdamTerm):
         return direction, (average, second, *noise)
 
     def begin(self, matrix: Matrix, basis: Basis, around: Surroundings) -> Basis:
-        """Return the basis with the weight's size before the first step."""
+        """Return the basis with the weight's size before the first step, at which every basis is due."""
+        if not around.refresh:
+            return basis
         return basis._replace(size=torch.where(basis.age == 0, _weight_size(matrix, around), basis.size))
 
     def matrix_scale(self, each: Coordinates, around: Surroundings) -> Tensor:
         """Return what a matrix's steps are multiplied by (), 1 at the reference, see the class."""
-        inputs = max(each.matrix.columns - (each.matrix.bias is not None), 1)
-        if each.matrix.weight.role == "table":  # only the row that is read acts on an output
-            inputs = 1
+        # of a table only the row that is read acts on an output
+        inputs = 1 if each.matrix.weight.role == "table" else each.matrix.inputs
         size = each.basis.size * math.sqrt(3 * inputs)
         logs = (
             math.log(max(inputs, FEWEST_INPUTS) / REFERENCE_WIDTH) * self.width_power,

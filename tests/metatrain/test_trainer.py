@@ -106,6 +106,13 @@ def test_an_exported_run_loads_and_tells_what_it_reached(tmp_path):
     assert len(loaded.card.replay["losses"]) == 20
 
 
+def test_a_share_of_a_run_on_one_task_is_refused(tmp_path):
+    make_trainer(tmp_path / "run").run(progress=False)
+    with pytest.raises(InvalidArgumentError, match="share is 0.5, and .* is a run on one task"):
+        export_run(tmp_path / "run", "tiny", tmp_path, share=0.5)
+    assert not list(tmp_path.glob("tiny*"))
+
+
 def test_a_folder_without_a_run_cannot_be_exported(tmp_path):
     with pytest.raises(CheckpointError, match="no readable checkpoint"):
         export_run(tmp_path, "x", tmp_path)

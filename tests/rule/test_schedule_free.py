@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gmn_optim.gradients import DecomposedGradient
-from gmn_optim.rule import Layout, RuleConfig, Segment, UpdateRule, build_chunks, kronecker
+from gmn_optim.rule import Layout, RuleConfig, Segment, UpdateRule, build_chunks, kronecker, matrices
 from gmn_optim.rule.kronecker import KroneckerAdamTerm
 from gmn_optim.rule.schedule_free import KroneckerScheduleFreeTerm
 from tests import reference
@@ -130,3 +130,21 @@ def test_a_convolutions_inputs_are_those_of_its_whole_window() -> None:
     plain.nominal = KroneckerAdamTerm(refresh_every=4).double()
     (wanted,), _ = plain((weight * 0,), (gradient,), plain.init_state(layout, weight), layout)
     torch.testing.assert_close(update.step, short * wanted.step, rtol=1e-5, atol=0)
+
+
+def test_a_matrix_without_any_basis_takes_the_steps_of_its_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matrices, "LONGEST_SIDE", 31)
+    layout = Layout(tuple(build_chunks([Segment("0.weight", (32, 256), "0", "weight")], False)))
+    (weight,), (gradient,) = draw(1, 32 * 256, seed=1), draw(1, 32 * 256, seed=2)
+    weight = weight / weight.square().mean().sqrt() / math.sqrt(3 * 256)
+    (update,), state = make_rule()((weight,), (gradient,), make_rule().init_state(layout, weight), layout)
+    assert not state.bases[0].rows.numel() and not state.bases[0].columns.numel()
+    wanted = ALPHA * (256 / 64) ** -0.5 * (1 / 2) ** -0.5
+    assert update.step.square().mean().sqrt().item() == pytest.approx(wanted, rel=1e-3)
+
+
+@pytest.mark.parametrize(("number", "share"), [(1, 1.0), (11, 0.5), (1_991, 0.005), (100_000, 0.005)])
+def test_the_average_forgets_a_two_hundredth_at_least(number: int, share: float) -> None:
+    term, (average,), step = KroneckerScheduleFreeTerm().double(), draw(1, 3), torch.tensor(float(number)).double()
+    _, (kept, _) = term.direction(torch.zeros(3).double(), (average, torch.ones(3).double()), step)
+    torch.testing.assert_close(kept, (1 - share) * average, **CLOSE)
