@@ -44,7 +44,7 @@ def add_verify(commands: Any) -> None:
         help="compute anew what the card of weights recorded",
         description="Replay the recorded inner training and, if asked to, the first outer steps of meta-training. Exit "
         "status 1 tells that something is off by more than a relative 0.001, which is allowed since other machines and "
-        "numbers of threads round differently; outer steps after the 20th are shown and not judged.",
+        "numbers of threads round differently; outer steps after the third are shown and not judged.",
     )
     command.add_argument("name", help="a name from 'list', 'default', or the path of a .safetensors file")
     command.add_argument("--outer-steps", type=int, default=0, help="outer steps of meta-training to run anew")

@@ -28,6 +28,12 @@ def add_rule_options(group: Any) -> None:
     group.add_argument("--scheduled", action="store_true", help="the step size follows a meta-learned schedule")
     group.add_argument("--decay", type=float, default=default.decay, help="initial decay of that schedule")
     group.add_argument("--alpha", type=float, help="initial step size")
+    group.add_argument(
+        "--follow-every",
+        type=int,
+        default=default.follow_every,
+        help="steps between two looks of a nominal term with bases at the factors",
+    )
     group.add_argument("--beta", type=float, default=default.beta, help="initial weight of the learned term")
 
 
@@ -54,4 +60,5 @@ def read_rule_options(options: argparse.Namespace) -> RuleConfig:
         decay=options.decay,
         alpha=options.alpha,
         beta=options.beta,
+        follow_every=options.follow_every,
     )

@@ -25,7 +25,7 @@ from gmn_optim.hyperparameters import (
 )
 from gmn_optim.memory_usage import MemoryUsage, count_bytes
 from gmn_optim.packing import restore_precision
-from gmn_optim.places import ActiveParameter, find_places, name_parameters
+from gmn_optim.places import ActiveParameter, Place, find_places, name_parameters
 from gmn_optim.report import StepLog, StepReport, Summary
 from gmn_optim.routing import find_active, warn_of_misses
 from gmn_optim.rule import UpdateRule
@@ -110,6 +110,7 @@ class GMNOptimizer(torch.optim.Optimizer):
         self._rows, self._seed = rows, seed
         self._stepper, self._log = Stepper(self._rule), StepLog()
         self._verdicts: dict[str, Verification] = {}
+        self._places: dict[int, Place] = {}
         self._warned: set[str] = set()
         super().__init__(model.parameters() if params is None else params, defaults)
         require_own_parameters(model, self.param_groups)
@@ -285,13 +286,14 @@ class GMNOptimizer(torch.optim.Optimizer):
         if self._capture is not None and not self._capture.closed:
             require_one_process()
         verdicts = self._verify()
-        names, places = name_parameters(self._model, self.param_groups), find_places(self._capture, verdicts)
-        active = find_active(names, self.param_groups, places, self._log)
+        names = name_parameters(self._model, self.param_groups)
+        active = find_active(names, self.param_groups, self._places, self._log)
         if active:
             self._warn_of_misses(active)
             self._stepper.step(active, self._capture, verdicts, self.state, self._log)
         if self._capture is not None:
             self._capture.forget()
+            self._capture.enabled = self._stepper.reads_factors
 
     def _attach(self) -> None:
         """Hook the model if the rule looks at factors."""
@@ -306,8 +308,11 @@ class GMNOptimizer(torch.optim.Optimizer):
     def _verify(self) -> dict[str, Verification]:
         """Return the verdict on each captured layer."""
         if self._capture is None or self._capture.closed:
+            self._places = find_places(self._capture, {})
             return {}
-        self._verdicts = self._capture.verify()
+        if self._capture.enabled:
+            self._verdicts = self._capture.verify()
+            self._places = find_places(self._capture, self._verdicts)
         return self._verdicts
 
     def _warn_of_misses(self, active: Sequence[ActiveParameter]) -> None:

@@ -42,7 +42,8 @@ def pack_state(rule: UpdateRule, layout: Layout, state: StateByName, like: Tenso
 
 def overwrite_state(old: RuleState, new: RuleState) -> None:
     """Copy a new state into the tensors of the old one, of which ``optimizer.state`` holds views."""
-    torch._foreach_copy_(_tensors(old), _tensors(new))
+    changed = [(to, value) for to, value in zip(_tensors(old), _tensors(new), strict=True) if to is not value]
+    torch._foreach_copy_([to for to, _ in changed], [value for _, value in changed])
 
 
 def _tensors(state: RuleState) -> list[Tensor]:

@@ -149,8 +149,12 @@ class MeasuredChunk(NamedTuple):
 
 def measure_chunk(chunk: Chunk, update: ChunkUpdate, gradient: Tensor, lrs: Sequence[float | Tensor]) -> MeasuredChunk:
     """Return the measures of a chunk's newest step, without a transfer to the host."""
-    products = torch.stack([update.step.square(), gradient.square(), update.step * gradient], dim=-1)
-    return MeasuredChunk(chunk, chunk.mean_per_segment(products), lrs)
+    pairs = [(update.step, update.step), (gradient, gradient), (update.step, gradient)]
+    if len(chunk.segments) == 1:
+        means = torch.stack([torch.dot(*pair) for pair in pairs]).unsqueeze(0) / chunk.size
+    else:
+        means = chunk.mean_per_segment(torch.stack([one * other for one, other in pairs], dim=-1))
+    return MeasuredChunk(chunk, means, lrs)
 
 
 @dataclass

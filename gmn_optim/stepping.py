@@ -19,6 +19,7 @@ from gmn_optim.packing import overwrite_state, pack_state
 from gmn_optim.places import ActiveParameter, spaces_of
 from gmn_optim.report import StepLog, measure_chunk
 from gmn_optim.rule import Chunk, Layout, RefreshClock, RuleConfig, RuleState, Segment, UpdateRule, build_chunks
+from gmn_optim.rule.scalars import fix_scalars
 from gmn_optim.rule.update import ChunkUpdate
 
 StateByParameter = MutableMapping[Tensor, MutableMapping[str, Any]]
@@ -73,6 +74,11 @@ class Stepper:
         self._converted: dict[tuple[torch.dtype, torch.device], UpdateRule] = {}
         self._plan: _Plan | None = None
 
+    @property
+    def reads_factors(self) -> bool:
+        """Whether the rule looks at factors at the coming step; as long as that is not known it may."""
+        return self._rule.reads_factors and (self._plan is None or self._plan.clock.follows)
+
     def forget(self) -> None:
         """Pack the optimizer's state anew at the next step."""
         self._plan = None
@@ -95,8 +101,11 @@ class Stepper:
             log: Where the step is counted.
         """
         plan = self._prepare(active, capture, state, log)
-        factors = {} if capture is None else self._explained_factors(capture, active, plan.state.step, verdicts)
-        _take(plan, active, factors, _neurons(factors, plan, active, verdicts), log)
+        follow = plan.clock.follows and not _let_go_by(capture)
+        factors = {}
+        if capture is not None and follow:
+            factors = self._explained_factors(capture, active, plan.state.step, verdicts)
+        _take(plan, active, factors, _neurons(factors, plan, active, verdicts), follow, log)
 
     def _explained_factors(
         self,
@@ -150,7 +159,7 @@ class Stepper:
         """Return the rule with the dtype and device of a computation."""
         key = (like.dtype, like.device)
         if key not in self._converted:
-            self._converted[key] = copy.deepcopy(self._rule).to(like).requires_grad_(False)
+            self._converted[key] = fix_scalars(copy.deepcopy(self._rule).to(like).requires_grad_(False))
         return self._converted[key]
 
 
@@ -208,6 +217,11 @@ def _spaces(
 # ---------------------------------------------------------------------- the step
 
 
+def _let_go_by(capture: GradientCapture | None) -> bool:
+    """Return whether a capture let the passes of this step go by, whose factors nobody knows then."""
+    return capture is not None and not capture.closed and not capture.enabled
+
+
 def _explained_factors(
     captured: Mapping[str, DecomposedGradient], active: Sequence[ActiveParameter], like: Tensor
 ) -> dict[str, DecomposedGradient]:
@@ -249,6 +263,7 @@ def _take(
     active: Sequence[ActiveParameter],
     factors: Mapping[str, DecomposedGradient],
     neurons: NeuronSets | None,
+    follow: bool,
     log: StepLog,
 ) -> None:
     """Compute the updates, apply them and remember the new state."""
@@ -258,7 +273,7 @@ def _take(
     gradients = _flatten(chunks, {name: _descended(each) for name, each in by_name.items()}, like)
     momenta = [_momentum(by_name[chunk.segments[0].name].group, like) for chunk in chunks]
     inputs = parameters, gradients, plan.state, plan.layout, neurons, momenta, factors
-    updates, state = plan.rule(*inputs, refresh=plan.clock.is_due)
+    updates, state = plan.rule(*inputs, refresh=plan.clock.is_due, follow=follow)
     _apply_updates(plan, updates, by_name)
     log.measured = [
         measure_chunk(chunk, update, gradient, [by_name[segment.name].group["lr"] for segment in chunk.segments])

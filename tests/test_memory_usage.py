@@ -30,8 +30,8 @@ STATES = {
     "gated": (2 + DECAYS) * PARAMETERS + NEURONS * 4 * DECAYS + 2,
     "kronecker_adam+gmn": (2 + DECAYS) * PARAMETERS + ROWS * NEURONS * 2 * DECAYS + 2 + BASES,
     "scheduled": (2 + DECAYS) * PARAMETERS + ROWS * NEURONS * 2 * DECAYS + 2,
-    "eigenbasis": 3 * PARAMETERS + 1 + BASES,
-    "eigenbasis+gmn": 3 * PARAMETERS + 1 + BASES,
+    "eigenbasis": 4 * PARAMETERS + 1 + BASES,
+    "eigenbasis+gmn": 4 * PARAMETERS + 1 + BASES,
 }
 
 

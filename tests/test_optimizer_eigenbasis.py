@@ -170,3 +170,29 @@ def test_shares_and_sizes_below_zero_are_refused(changes: dict[str, float]) -> N
 def test_the_rest_of_a_rule_has_neither() -> None:
     with pytest.raises(InvalidArgumentError, match="share = 0.5 must be 1 unless the body is in the eigenbasis"):
         RuleConfig(share=0.5)
+
+
+@pytest.mark.parametrize(("arm", "every"), [("eigenbasis", 5), ("eigenbasis+gmn", 1)])
+def test_hooks_keep_nothing_at_steps_that_read_no_factors(make_model, doubles, arm: str, every: int) -> None:
+    model, read = make_model(torch.float64), []
+    optimizer = optimizer_for(model, arm)
+    for step in range(1, 22):
+        optimizer.zero_grad()
+        loss_of(model, doubles[0]).backward()
+        read += [step] if optimizer.memory_usage().factors else []
+        optimizer.step()
+    assert read == [step for step in range(1, 22) if step <= 10 or step % every == 0]
+    assert optimizer.stats().served_share > 0
+
+
+def test_an_optimizer_that_goes_on_from_a_saved_state_reads_the_same_steps(make_model, doubles) -> None:
+    batches = [doubles[number % len(doubles)] for number in range(24)]
+    model, twin = make_model(torch.float64), make_model(torch.float64)
+    train(model, optimizer_for(model, "eigenbasis"), batches)
+    first = optimizer_for(twin, "eigenbasis")
+    train(twin, first, batches[:13])
+    second = optimizer_for(twin, "eigenbasis")
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    first.close()
+    train(twin, second, batches[13:])
+    assert_same(model, twin)

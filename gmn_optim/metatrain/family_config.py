@@ -1,5 +1,6 @@
 """Settings of a meta-training run over a family of tasks."""
 
+import math
 from dataclasses import dataclass
 
 from gmn_optim.errors import InvalidArgumentError
@@ -20,6 +21,8 @@ class FamilyConfig(TrainerConfig):
         slots_per_step: Slots that an outer step takes forward by one truncation, in rotation.
         standardized: Whether the loss differences of a slot's pairs are divided by their root mean square, so that
             every task and every age counts alike.
+        difference_floor: Least root mean square that they are divided by; 0.003 leaves out trainings that have failed,
+            whose pairs differ by rounding errors alone.
         held_out_every: Inner steps between two measurements of the loss on held-out data, of which the meta-loss is
             made; 0 to make it of the training losses, which rewards memorizing.
         frozen: Patterns of names of meta-parameters that meta-training leaves as they are.
@@ -34,6 +37,7 @@ class FamilyConfig(TrainerConfig):
     slots: int = 8
     slots_per_step: int = 4
     standardized: bool = True
+    difference_floor: float = 0.0
     held_out_every: int = 10
     frozen: tuple[str, ...] = ("alpha.raw",)
 
@@ -48,6 +52,8 @@ class FamilyConfig(TrainerConfig):
             faults.append(
                 f"held_out_every = {self.held_out_every!r} must divide truncation = {self.truncation!r}, or be 0"
             )
+        if not 0 <= self.difference_floor < math.inf:
+            faults.append(f"difference_floor = {self.difference_floor!r} must be 0 or positive")
         if not 1 <= self.slots_per_step <= self.slots:
             faults.append(f"slots_per_step = {self.slots_per_step!r} must be 1 to slots = {self.slots!r}")
         if faults:

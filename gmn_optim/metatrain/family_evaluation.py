@@ -108,7 +108,8 @@ def sweep_nominal(
     name: str, config: RuleConfig, protocol: Protocol, multipliers: Sequence[float], progress: bool = False
 ) -> Sweep:
     """Return the curves of a rule's nominal term alone on a task, by multiplier of its initial step size."""
-    rule = UpdateRule(RuleConfig(nominal=config.nominal, body=None, alpha=config.alpha))
+    kept = {"nominal": config.nominal, "alpha": config.alpha, "follow_every": config.follow_every}
+    rule = UpdateRule(RuleConfig(body=None, **kept))
     grid = [multiplier * rule.alpha.initial for multiplier in multipliers]
     return dict(zip(multipliers, _sweep(name, rule, grid, protocol, progress), strict=True))
 

@@ -163,6 +163,7 @@ class FamilyTrainer(OuterLoop):
             truncations=self.progress[slot].age // self.config.truncation,
             sigma=self.config.sigma,
             standardized=self.config.standardized,
+            floor=self.config.difference_floor,
         )
 
     def _give_up(self, reports: dict[int, SlotReport]) -> None:

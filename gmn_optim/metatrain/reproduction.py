@@ -24,7 +24,7 @@ _HIDDEN = ("staggered", "betas", "evaluation_seeds")
 
 
 def record_reproduction(folder: Path, settings: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return the command line of a run, and losses and norms of its first outer steps.
+    """Return the command line of a run, how often its rule looked, and losses and norms of its first outer steps.
 
     Args:
         folder: Of a run over a family.
@@ -32,7 +32,8 @@ def record_reproduction(folder: Path, settings: Mapping[str, Any], name: str) ->
         name: Of the weights; the command line makes a folder of that name.
     """
     command = command_line(settings, f"runs/{name}")
-    return {"command": command, **read_first_steps(folder, RECORDED_STEPS)}
+    follow_every = RuleConfig.from_dict(settings["rule"]).follow_every
+    return {"command": command, "follow_every": follow_every, **read_first_steps(folder, RECORDED_STEPS)}
 
 
 def read_first_steps(folder: Path, last: int) -> dict[str, Any]:
@@ -92,7 +93,8 @@ def _rule_words(rule: RuleConfig) -> list[str]:
     """Return the options of a rule."""
     arm = "nominal" if rule.body is None else rule.body + ("+gmn" if rule.gradmetanet else "")
     words = ["--arm", arm, "--nominal", rule.nominal, "--memory", rule.memory]
-    for name in ("data_points", "width", "depth", "decay", "beta", *(["alpha"] if rule.alpha is not None else [])):
+    names = ("data_points", "width", "depth", "decay", "beta", "follow_every")
+    for name in (*names, *(["alpha"] if rule.alpha is not None else [])):
         words += [_option(name), str(getattr(rule, name))]
     if net := rule.gradmetanet:
         for name in ("width", "set_layers", "neuron_layers"):

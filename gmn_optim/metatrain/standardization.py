@@ -28,23 +28,35 @@ def log_meta_loss(losses: Tensor, task: AbstractTask, age: int, end: int, emphas
     return weighted_mean(logs, torch.tensor([age]), torch.tensor([end]), emphasis)
 
 
-def standardize(differences: Tensor) -> Tensor:
-    """Return differences (pairs) over their root mean square; where all are zero they stay so.
+def standardize(differences: Tensor, floor: float = 0.0) -> Tensor:
+    """Return differences (pairs) over their root mean square, or over ``floor`` if that is larger.
+
+    Where all are zero they stay so. Pairs of a training that has failed differ by rounding errors alone; a floor keeps
+    these from counting as much as all others.
 
     Example:
         >>> standardize(torch.tensor([3.0, -3.0])), standardize(torch.zeros(2))
         (tensor([ 1., -1.]), tensor([0., 0.]))
+        >>> standardize(torch.tensor([0.5, -0.5]), floor=1.0)
+        tensor([ 0.5000, -0.5000])
     """
     largest = differences.abs().max()
     if largest == 0:
         return differences
     # by the largest first: squares of tiny differences would vanish
     scaled = differences / largest
-    return scaled / scaled.square().mean().sqrt()
+    return scaled / torch.maximum(scaled.square().mean().sqrt(), floor / largest)
 
 
 def slot_gradient(
-    positive: Tensor, negative: Tensor, perturbations: Tensor, *, truncations: int, sigma: float, standardized: bool
+    positive: Tensor,
+    negative: Tensor,
+    perturbations: Tensor,
+    *,
+    truncations: int,
+    sigma: float,
+    standardized: bool,
+    floor: float = 0.0,
 ) -> Tensor:
     """Return a slot's estimate of the meta-gradient (m).
 
@@ -63,6 +75,7 @@ def slot_gradient(
         truncations: n.
         sigma: Standard deviation of one perturbation.
         standardized: Which of the two.
+        floor: Of RMS(d) where they are standardised.
 
     Reference:
         Vicol, Metz and Sohl-Dickstein (2021), "Unbiased gradient estimation in unrolled computation graphs with
@@ -75,5 +88,5 @@ def slot_gradient(
     """
     differences = positive - negative
     if standardized:
-        return (standardize(differences)[:, None] * perturbations).mean(0) / (sigma * truncations**0.5)
+        return (standardize(differences, floor)[:, None] * perturbations).mean(0) / (sigma * truncations**0.5)
     return (differences[:, None] * perturbations).mean(0) / (2 * sigma**2)

@@ -1,16 +1,17 @@
 """Inner training of many tasks at once: the update rule, vmapped."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import functional_call, grad_and_value, vmap
 
 from gmn_optim.capture.adapters import require_adapter
 from gmn_optim.capture.functional import capture_gradients, plan_capture
 from gmn_optim.capture.hooks import GradientCapture
+from gmn_optim.gradients import DecomposedGradient
 from gmn_optim.metatrain.fusion import fuse
 from gmn_optim.neuron_sets import gather_neurons
 from gmn_optim.neurons import NeuronSpaces
@@ -59,7 +60,7 @@ class Unroll:
         self.task = task
         self.rule = rule
         self.compiled = compiled
-        self._fused: dict[bool, Callable[[Meta, UnrollState, Batch], tuple[UnrollState, Tensor]]] = {}
+        self._fused: dict[tuple[bool, bool], Callable[[Meta, UnrollState, Batch], tuple[UnrollState, Tensor]]] = {}
         generator = torch.Generator().manual_seed(0)
         # the wiring is read from the autograd graph, and an outer loop that makes unrolls records none
         with torch.inference_mode(False), torch.enable_grad():
@@ -94,31 +95,49 @@ class Unroll:
         clock = RefreshClock(self.rule.nominal, state.rule)
         losses = []
         for batch in zip(*batches, strict=True):
-            step = vmap(partial(self.step, refresh=clock.is_due), in_dims=(0 if batched else None, 0, 0))
+            flags = clock.is_due, clock.follows
+            step = partial(self.step, refresh=clock.is_due, follow=clock.follows)
+            step = vmap(step, in_dims=(0 if batched else None, 0, 0))
             if fused:
-                if clock.is_due not in self._fused:
-                    self._fused[clock.is_due] = fuse(step, (meta, state, batch))
-                step = self._fused[clock.is_due]
+                if flags not in self._fused:
+                    self._fused[flags] = fuse(step, (meta, state, batch))
+                step = self._fused[flags]
             state, loss = step(meta, state, batch)
             clock.advance()
             losses.append(loss)
         return state, torch.stack(losses)
 
-    def step(self, meta: Meta, state: UnrollState, batch: Batch, refresh: bool = True) -> tuple[UnrollState, Tensor]:
-        """Take one inner step of one training; pure. Without ``refresh`` no basis of the nominal term is due."""
+    def step(
+        self, meta: Meta, state: UnrollState, batch: Batch, refresh: bool = True, follow: bool = True
+    ) -> tuple[UnrollState, Tensor]:
+        """Take one inner step of one training; pure.
+
+        Without ``refresh`` no basis of the nominal term is due, without ``follow`` the rule looks at no factors.
+        """
+
+        value, gradients, factors = self._differentiate(state.parameters, batch, follow)
+        neurons = None
+        if self.layout.spaces is not None and self.rule.config.reads_neurons:
+            neurons = gather_neurons(factors, self.layout.spaces, self.rule.config.data_points)
+        arguments = (state.parameters, gradients, state.rule, self.layout, neurons)
+        options = {"factors": factors, "refresh": refresh, "follow": follow}
+        updates, rule_state = functional_call(self.rule, meta, arguments, options)
+        parameters = tuple(flat - update.step for flat, update in zip(state.parameters, updates, strict=True))
+        return UnrollState(parameters, rule_state), value
+
+    def _differentiate(
+        self, parameters: tuple[Tensor, ...], batch: Batch, follow: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...], Mapping[str, DecomposedGradient]]:
+        """Return the loss, its gradients and, where the rule looks at them, their factors."""
 
         def loss(flat: tuple[Tensor, ...]) -> Tensor:
             return self.task.loss(self.unflatten(flat), batch)
 
-        captured = capture_gradients(self.task.module, loss, state.parameters, self.plan)
-        neurons = None
-        if self.layout.spaces is not None and self.rule.config.reads_neurons:
-            neurons = gather_neurons(captured.factors, self.layout.spaces, self.rule.config.data_points)
-        arguments = (state.parameters, captured.gradients, state.rule, self.layout, neurons)
-        options = {"factors": captured.factors, "refresh": refresh}
-        updates, rule_state = functional_call(self.rule, meta, arguments, options)
-        parameters = tuple(flat - update.step for flat, update in zip(state.parameters, updates, strict=True))
-        return UnrollState(parameters, rule_state), captured.loss
+        if not follow:
+            gradients, value = grad_and_value(loss)(parameters)
+            return value, gradients, {}
+        captured = capture_gradients(self.task.module, loss, parameters, self.plan)
+        return captured.loss, captured.gradients, captured.factors
 
     def flatten(self, parameters: Parameters) -> tuple[Tensor, ...]:
         """Return named parameters as one flat tensor per chunk."""

@@ -1,11 +1,11 @@
-"""When bases are made anew: a count on the host, so that no step waits for the device to tell."""
+"""When factors are read and bases made anew: a count on the host, so that no step waits for the device to tell."""
 
 from gmn_optim.rule.nominal import AbstractNominalTerm
 from gmn_optim.rule.update import RuleState
 
 
 class RefreshClock:
-    """Counts the ages of bases, and says at which steps one is made anew.
+    """Counts the ages of bases, and says at which steps factors are read and one is made anew.
 
     Args:
         nominal: Has the schedule.
@@ -26,6 +26,11 @@ class RefreshClock:
     def is_due(self) -> bool:
         """Whether a basis is made anew at the coming step."""
         return any(self._nominal.is_due(age + 1) for age in self._ages)
+
+    @property
+    def follows(self) -> bool:
+        """Whether factors are read at the coming step."""
+        return any(bool(self._nominal.follows(age + 1)) for age in self._ages or [0])
 
     def advance(self) -> None:
         """Count a step."""

@@ -36,6 +36,8 @@ class RuleConfig:
             first (root mean square against torch's initialization, zeros excepted); 0 to serve all.
         guard: A tensor's learned step larger than this share of its size (root mean squares, plus 0.1 for the
             size) is replaced by the nominal one.
+        follow_every: Steps between two looks of a nominal term with bases, and of a body in them, at the factors, after
+            the first ten steps. A rule with a GradMetaNet looks at every step.
 
     Example:
         >>> RuleConfig(nominal="adam", body=None).arm
@@ -59,6 +61,7 @@ class RuleConfig:
     share: float = 1.0
     least_size: float = 0.0
     guard: float = 1.0
+    follow_every: int = 5
 
     def __post_init__(self) -> None:
         for registry, name in ((nominal_terms, self.nominal), (bodies, self.body), (factor_memories, self.memory)):
@@ -68,6 +71,7 @@ class RuleConfig:
             f"{name} = {value!r} must be {wanted}"
             for name, value, good, wanted in (
                 ("data_points", self.data_points, is_count(self.data_points, 65_536), "whole, 1 to 65536"),
+                ("follow_every", self.follow_every, is_count(self.follow_every, 1_000), "whole, 1 to 1000"),
                 ("width", self.width, is_count(self.width, 4_096), "whole, 1 to 4096"),
                 ("depth", self.depth, is_count(self.depth, 64), "whole, 1 to 64"),
                 ("alpha", self.alpha, self.alpha is None or _is_positive(self.alpha), "positive, at most 1e6"),
@@ -135,7 +139,7 @@ class RuleConfig:
             InvalidArgumentError: a key is unknown (a file of a newer version) or a value makes no sense.
         """
         refuse_unknown_keys("rule configuration", values, cls)
-        arguments = dict(values)
+        arguments = {"follow_every": 1, **values}  # files that do not say are of rules that looked at every step
         if arguments.get("gradmetanet") is not None:
             arguments["gradmetanet"] = GradMetaNetConfig.from_dict(arguments["gradmetanet"])
         return cls(**arguments)

@@ -44,8 +44,9 @@ class Coordinates(NamedTuple):
         step: The nominal step at step size 1 (groups, o, i).
         squares: Moving average of squared mean gradients, corrected for its start at zero (groups, o, i).
         floor: What the nominal term adds to roots of squares (): coordinates far below it are rounding errors.
-        noise: The same of :meth:`TurnedRows.noise`; None where no factors explain the gradient.
+        noise: Moving average of :meth:`TurnedRows.noise`; None where no factors explain the gradient.
         rows: Factors of each row, or None.
+        gain: What the learned term added when it looked last, as a share of the step; None without one.
         own_gradient: The mean gradient in the parameter's own coordinates (groups, o, i).
         average: The nominal term's average in the parameter's own coordinates (groups, o, i).
     """
@@ -58,6 +59,7 @@ class Coordinates(NamedTuple):
     floor: Tensor
     noise: Tensor | None
     rows: TurnedRows | None
+    gain: Tensor | None
     own_gradient: Tensor
     average: Tensor
 

@@ -61,7 +61,7 @@ class EigenbasisBody(nn.Module):
             self.from_inputs, self.from_outputs = (nn.Linear(gradmetanet.width, width, bias=False) for _ in range(2))
 
     def forward(self, turned: Sequence[Coordinates], parameters: Sequence[Tensor], matrices: int) -> list[Tensor]:
-        """Return the changed steps (groups, o, i).
+        """Return what is added to each step, as a share of it (groups, o, i).
 
         Args:
             turned: Matrices whose gradients factors explain, each in its bases.
@@ -70,7 +70,7 @@ class EigenbasisBody(nn.Module):
         """
         around = self._around(turned)
         return [
-            self._change(each, layer_features(each, own, matrices), sides)
+            self._gain(each, layer_features(each, own, matrices), sides)
             for each, own, sides in zip(turned, parameters, around, strict=True)
         ]
 
@@ -85,8 +85,8 @@ class EigenbasisBody(nn.Module):
             for inputs, outputs in neurons.of_sides(embedding)
         ]
 
-    def _change(self, each: Coordinates, layer: Tensor, around: "_Around | None") -> Tensor:
-        """Return the changed step of one matrix."""
+    def _gain(self, each: Coordinates, layer: Tensor, around: "_Around | None") -> Tensor:
+        """Return the gain of one matrix."""
         # small terms are added up first, and sums are in place: the large tensor is written, not copied
         per_row = self.from_layer(layer)[:, None, None]
         hidden = self.from_coordinates(coordinate_features(each))
@@ -95,7 +95,8 @@ class EigenbasisBody(nn.Module):
             hidden = hidden.add_(around.inputs.unsqueeze(-3))
         scale, share = (self.share * OUTPUT_SPEED * self.output(hidden.add_(per_row).relu_())).unbind(-1)
         both = each.squares if each.noise is None else each.squares + each.noise
-        return each.step * torch.exp(2 * torch.tanh(scale)) + share * each.gradient / (both.sqrt() + each.floor)
+        shrunk = (each.squares.sqrt() + each.floor) / (both.sqrt() + each.floor)
+        return torch.expm1(2 * torch.tanh(scale)) + share * shrunk
 
 
 class _Around(NamedTuple):

@@ -11,6 +11,7 @@ from gmn_optim.rule.eigenbasis_body import EigenbasisBody
 from gmn_optim.rule.features import root
 from gmn_optim.rule.layout import Chunk, Layout
 from gmn_optim.rule.matrices import Matrix
+from gmn_optim.rule.nominal import ChangedStep
 from gmn_optim.rule.schedule_free import LEAST_SIZE
 
 
@@ -44,18 +45,26 @@ class EigenbasisSteps:
         self.body, self.layout, self.alpha = body, layout, alpha
         self.limit, self.floor, self.least_size = limit, floor, least_size
         self.pieces = [list(flat.split(chunk.sizes)) for chunk, flat in zip(layout.chunks, parameters, strict=True)]
+        self._is_known = torch.ones((), dtype=torch.bool)
         self._guarded: dict[tuple[int, int], Tensor] = {}
 
-    def __call__(self, turned: Sequence[Coordinates]) -> list[Tensor]:
-        """Return the steps of all matrices (groups, o, i)."""
+    def __call__(self, turned: Sequence[Coordinates], follow: bool = True) -> list[ChangedStep]:
+        """Return the steps of all matrices, and the gains that made them.
+
+        Args:
+            turned: All matrices.
+            follow: Whether the body looks anew; otherwise gains are those of its last look.
+        """
+        gains = self._new_gains(turned) if follow else [each.gain for each in turned]
+        return [self._guard(each, gain) for each, gain in zip(turned, gains, strict=True)]
+
+    def _new_gains(self, turned: Sequence[Coordinates]) -> list[Tensor]:
+        """Return the gains of all matrices (groups, o, i), zero where the learned term does not serve."""
         self._is_known = self._knows(turned)
         served = [each for each in turned if self._serves(each)]
-        own = [each.matrix.gather(self.pieces) for each in served]
-        changed = iter(self.body(served, own, len(turned)) if served else ())
-        parameters = iter(own)
-        return [
-            self._guard(each, next(changed), next(parameters)) if self._serves(each) else each.step for each in turned
-        ]
+        found = self.body(served, [each.matrix.gather(self.pieces) for each in served], len(turned)) if served else []
+        gains = iter([torch.where(self._is_known, gain, torch.zeros_like(gain)) for gain in found])
+        return [next(gains) if self._serves(each) else torch.zeros_like(each.step) for each in turned]
 
     def guarded(self, number: int, chunk: Chunk, like: Tensor) -> Tensor:
         """Return whether the learned step was replaced, for each segment of chunk ``number`` (segments)."""
@@ -66,13 +75,16 @@ class EigenbasisSteps:
         """Return whether the learned term serves a matrix."""
         return each.rows is not None and each.matrix.has_basis and self.layout.chunks[each.matrix.place.chunk].learned
 
-    def _guard(self, each: Coordinates, changed: Tensor, parameters: Tensor) -> Tensor:
+    def _guard(self, each: Coordinates, gain: Tensor) -> ChangedStep:
         """Return the changed step of a matrix, or its nominal one."""
-        size = root(parameters.square().mean()) + self.floor
+        if not self.layout.chunks[each.matrix.place.chunk].learned:
+            return ChangedStep(each.step, gain)
+        changed = each.step * (1 + gain)
+        size = root(each.matrix.gather(self.pieces).square().mean()) + self.floor
         length = self.alpha * root(changed.square().nan_to_num(nan=torch.inf).mean())
-        fits = (length <= self.limit * size) & self._is_known
+        fits = (length <= self.limit * size) & self._is_known.to(size.device)
         self._note(each.matrix, ~fits)
-        return torch.where(fits, changed, each.step)
+        return ChangedStep(torch.where(fits, changed, each.step), gain)
 
     def _knows(self, turned: Sequence[Coordinates]) -> Tensor:
         """Return whether every matrix began with large enough weights, or with zeros ()."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gmn_optim.constants import constant
 from gmn_optim.neurons import NeuronSpaces
-from gmn_optim.rule.matrices import Matrix, find_matrices
+from gmn_optim.rule.matrices import Matrix, Part, find_matrices
 from gmn_optim.rule.segments import ROLES as ROLES
 from gmn_optim.rule.segments import Segment as Segment
 
@@ -90,6 +90,15 @@ class Layout:
     def matrices(self) -> tuple[Matrix, ...]:
         """Return the parameters that are matrices, each with the bias that belongs to it."""
         return find_matrices([(chunk.clock, chunk.segments) for chunk in self.chunks])
+
+    @cached_property
+    def vectors(self) -> tuple[tuple[Part, ...], ...]:
+        """Return for each chunk the places of the parameters that belong to no matrix."""
+        taken = {part for matrix in self.matrices for part in (matrix.place, matrix.bias) if part is not None}
+        return tuple(
+            tuple(part for place in range(len(chunk.segments)) if (part := Part(number, place)) not in taken)
+            for number, chunk in enumerate(self.chunks)
+        )
 
 
 class Tile(NamedTuple):

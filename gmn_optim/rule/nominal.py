@@ -36,15 +36,30 @@ class Surroundings(NamedTuple):
         layout: Which parameters stand where.
         factors: Layer name to factors, of the layers whose gradient they explain.
         refresh: Whether bases that are due are made anew; without it none is due.
+        follow: Whether bases follow the gradients' second moments at this step, and the learned term looks anew;
+            without it there are no factors to see.
         parameters: Flat parameters of each chunk (size).
-        change: Changes the steps that a term takes in the coordinates of its bases, (groups, o, i) for each matrix.
+        change: Changes the steps that a term takes in the coordinates of its bases; told ``follow``.
     """
 
     layout: Layout
     factors: Mapping[str, DecomposedGradient]
     refresh: bool
     parameters: Sequence[Tensor] = ()
-    change: Callable[[Sequence[Coordinates]], Sequence[Tensor]] | None = None
+    change: Callable[[Sequence[Coordinates], bool], "Sequence[ChangedStep]"] | None = None
+    follow: bool = True
+
+
+class ChangedStep(NamedTuple):
+    """What a learned term in the bases makes of a matrix's nominal step u.
+
+    Attributes:
+        step: ``(1 + gain) u`` where the guard allows it, else u (groups, o, i).
+        gain: To be kept until the learned term looks again (groups, o, i).
+    """
+
+    step: Tensor
+    gain: Tensor
 
 
 nominal_terms: Registry[type["AbstractNominalTerm"]] = Registry("nominal term")
@@ -98,6 +113,10 @@ class AbstractNominalTerm(nn.Module, ABC):
     def is_due(self, age: int | Tensor) -> bool | Tensor:
         """Return whether a basis is made anew at the step that is its ``age``-th, 1 at the first."""
         return False
+
+    def follows(self, age: int | Tensor) -> bool | Tensor:
+        """Return whether factors are read at the ``age``-th step of the bases, or at every step without bases."""
+        return True
 
 
 @nominal_terms.register("momentum")

@@ -1,5 +1,7 @@
 """Meta-learned scalars, kept in log space so that a small step of meta-training is a relative change."""
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 
@@ -44,3 +46,38 @@ class Decay(nn.Module):
         if self.initial == 0.0:
             return torch.zeros_like(self.raw)
         return (1.0 - (1.0 - self.initial) * torch.exp(SPEED * self.raw)).clamp_min(0.0)
+
+
+class FixedScalar(nn.Module):
+    """A scalar that was worked out once.
+
+    Args:
+        value: The scalar ().
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value)
+
+    def forward(self) -> Tensor:
+        """Return the scalar ()."""
+        return self.value
+
+
+Rule = TypeVar("Rule", bound=nn.Module)
+
+
+def fix_scalars(module: Rule) -> Rule:
+    """Work out every scalar of a module for good, in place, and return the module.
+
+    For a module whose meta-parameters change no more: a dozen small operations fewer in each step.
+
+    Example:
+        >>> sum(p.numel() for p in fix_scalars(nn.ModuleList([LogScalar(0.1), Decay(0.9)])).parameters())
+        0
+    """
+    for parent in [*module.modules()]:
+        for name, child in parent.named_children():
+            if isinstance(child, (LogScalar, Decay)):
+                setattr(parent, name, FixedScalar(child().detach()))
+    return module

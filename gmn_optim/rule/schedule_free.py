@@ -6,10 +6,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from gmn_optim.constants import constant
 from gmn_optim.rule.basis import Basis
 from gmn_optim.rule.coordinates import Coordinates
 from gmn_optim.rule.features import root
-from gmn_optim.rule.kronecker import KroneckerAdamTerm
+from gmn_optim.rule.kronecker import FOLLOW_EVERY, KroneckerAdamTerm
 from gmn_optim.rule.matrices import Matrix
 from gmn_optim.rule.nominal import LEAST_SQUARE, Buffers, ChunkInputs, Surroundings, nominal_terms
 from gmn_optim.rule.scalars import SPEED, Decay, LogScalar
@@ -58,8 +59,8 @@ class KroneckerScheduleFreeTerm(KroneckerAdamTerm):
     default_alpha = 0.012
     averages_gradients = False
 
-    def __init__(self, refresh_every: int = 50, method: str = "eigh") -> None:
-        super().__init__(refresh_every, method)
+    def __init__(self, refresh_every: int = 50, method: str = "eigh", follow_every: int = FOLLOW_EVERY) -> None:
+        super().__init__(refresh_every, method, follow_every)
         del self.beta1
         self.beta2 = Decay(0.995)
         self.epsilon = LogScalar(1e-16)  # with Adam's 1e-8, a small loss would take smaller steps
@@ -87,11 +88,9 @@ class KroneckerScheduleFreeTerm(KroneckerAdamTerm):
             results.append((direction, (average, *seconds)))
         return results, bases
 
-    def normalized(self, inputs: ChunkInputs) -> tuple[Tensor, Buffers]:
-        """Return Adam's direction without momentum on a chunk, and the buffers, all but the second as they were."""
-        average, second, *noise = inputs.buffers
-        direction, second = self._normalize(inputs.gradient, second, inputs.step)
-        return direction, (average, second, *noise)
+    def new_average(self, inputs: ChunkInputs) -> Tensor:
+        """Return e as it is: it follows steps, not gradients."""
+        return inputs.buffers[0]
 
     def begin(self, matrix: Matrix, basis: Basis, around: Surroundings) -> Basis:
         """Return the basis with the weight's size before the first step, at which every basis is due."""
@@ -99,17 +98,19 @@ class KroneckerScheduleFreeTerm(KroneckerAdamTerm):
             return basis
         return basis._replace(size=torch.where(basis.age == 0, _weight_size(matrix, around), basis.size))
 
-    def matrix_scale(self, each: Coordinates, around: Surroundings) -> Tensor:
-        """Return what a matrix's steps are multiplied by (), 1 at the reference, see the class."""
+    def matrix_scales(self, turned: Sequence[Coordinates], around: Surroundings) -> Sequence[Tensor]:
+        """Return what the steps of each matrix are multiplied by (), 1 at the reference, see the class."""
+        if not turned:
+            return []
         # of a table only the row that is read acts on an output
-        inputs = 1 if each.matrix.weight.role == "table" else each.matrix.inputs
-        size = each.basis.size * math.sqrt(3 * inputs)
-        logs = (
-            math.log(max(inputs, FEWEST_INPUTS) / REFERENCE_WIDTH) * self.width_power,
-            math.log(len(around.layout.matrices) / REFERENCE_DEPTH) * self.depth_power,
-            torch.where(size < LEAST_SIZE, torch.ones_like(size), size).clamp(*SIZES).log() * self.size_power,
-        )
-        return torch.exp(SPEED * sum(logs))
+        inputs = [1 if each.matrix.weight.role == "table" else each.matrix.inputs for each in turned]
+        sizes = torch.stack([each.basis.size for each in turned])
+        logs, roots = _widths(tuple(inputs), sizes.dtype, sizes.device)
+        sizes = sizes * roots
+        sizes = torch.where(sizes < LEAST_SIZE, torch.ones_like(sizes), sizes).clamp(*SIZES).log()
+        depth = math.log(len(around.layout.matrices) / REFERENCE_DEPTH)
+        exponents = logs * self.width_power + depth * self.depth_power + sizes * self.size_power
+        return torch.exp(SPEED * exponents).unbind()
 
     def _normalize(self, gradient: Tensor, second: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``g / (sqrt(v) + epsilon)`` and the new v, corrected for its start at zero."""
@@ -132,3 +133,11 @@ def _weight_size(matrix: Matrix, around: Surroundings) -> Tensor:
     start = sum(chunk.sizes[: matrix.place.segment])
     weight = around.parameters[matrix.place.chunk].narrow(0, start, matrix.weight.size)
     return root(weight.square().mean())
+
+
+@constant()
+def _widths(inputs: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return for each matrix the log of its inputs against the reference, and the root of three times its inputs."""
+    logs = [math.log(max(n, FEWEST_INPUTS) / REFERENCE_WIDTH) for n in inputs]
+    made = {"dtype": dtype, "device": device}
+    return torch.tensor(logs, **made), torch.tensor([math.sqrt(3 * n) for n in inputs], **made)

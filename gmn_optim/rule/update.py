@@ -107,6 +107,8 @@ class UpdateRule(nn.Module):
         self.config = config
         self.nominal = nominal_terms[config.nominal]()
         self.alpha = LogScalar(config.alpha or self.nominal.default_alpha)
+        if self.nominal.uses_factors:
+            self.nominal.follow_every = config.follow_every if config.gradmetanet is None else 1
         self.memory = factor_memories[config.memory]()
         if config.reads_neurons:
             # the network's last layer is the body's first, see PerParameterMLP
@@ -116,7 +118,7 @@ class UpdateRule(nn.Module):
             self.schedule = _decaying_schedule(config.decay)
         if config.in_eigenbasis:
             self.body = bodies[config.body](config.width, config.gradmetanet, config.data_points, config.share)
-            self.nominal.track_noise()
+            self.nominal.serve_body()
         elif config.body is not None:
             self.beta = LogScalar(config.beta)
             self.body = bodies[config.body](3 + len(DECAYS), 2 if config.gated else 1, config.width, config.depth)
@@ -150,6 +152,7 @@ class UpdateRule(nn.Module):
         momenta: Sequence[Tensor | None] = (),
         factors: Mapping[str, DecomposedGradient] | None = None,
         refresh: bool = True,
+        follow: bool = True,
     ) -> tuple[tuple[ChunkUpdate, ...], RuleState]:
         """Return each chunk's update and the new state.
 
@@ -163,6 +166,8 @@ class UpdateRule(nn.Module):
             factors: Layer name to factors, of the layers whose gradient they explain; a nominal term may use them.
             refresh: Whether bases that are due are made anew. False saves their cost where a clock knows that none is
                 due, see :class:`gmn_optim.rule.clock.RefreshClock`.
+            follow: Whether a nominal term with bases, and a body in them, look at the factors at this step. Without it
+                there need be none.
         """
         embedding, memory = None, state.memory
         step = state.step + 1
@@ -176,7 +181,7 @@ class UpdateRule(nn.Module):
             )
         ]
         change = self._learned_steps(layout, parameters, step)
-        around = Surroundings(layout, factors or {}, refresh, parameters, change)
+        around = Surroundings(layout, factors or {}, refresh, parameters, change, follow)
         nominal, bases = self.nominal.directions(inputs, state.bases, around)
         if change is not None:
             results = self._scale_chunks(layout, state.chunks, nominal, change)

@@ -34,7 +34,7 @@ def _early_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
 def make_rule(dtype: torch.dtype = torch.float64, method: str = "eigh", **config: object) -> UpdateRule:
     """Return the nominal term alone with step size 1."""
     rule = UpdateRule(RuleConfig(nominal="kronecker_adam", body=None, alpha=1.0, **config))
-    rule.nominal = KroneckerAdamTerm(refresh_every=4, method=method)
+    rule.nominal = KroneckerAdamTerm(refresh_every=4, method=method, follow_every=1)
     return rule.to(dtype).requires_grad_(False)
 
 

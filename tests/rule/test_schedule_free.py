@@ -29,7 +29,7 @@ def _early_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
 def make_rule() -> UpdateRule:
     """Return the nominal term alone."""
     rule = UpdateRule(RuleConfig(nominal="kronecker_schedule_free", body=None, alpha=ALPHA))
-    rule.nominal = KroneckerScheduleFreeTerm(refresh_every=4)
+    rule.nominal = KroneckerScheduleFreeTerm(refresh_every=4, follow_every=1)
     return rule.double().requires_grad_(False)
 
 
