@@ -3,6 +3,7 @@ import torch
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
+from gmn_optim.errors import InvalidArgumentError
 from gmn_optim.metatrain import FamilyConfig, MetaShape
 from gmn_optim.metatrain.slots import Slot, SlotProgress, draw_perturbations
 from gmn_optim.metatrain.standardization import log_meta_loss, slot_gradient, standardize
@@ -110,3 +111,18 @@ def test_emphasis_weighs_late_losses():
     task = QuadraticTask()
     early, late = (log_meta_loss(torch.full((5, 1), 2.0), task, age, 10, emphasis=2.0) for age in (0, 5))
     assert late > 5 * early
+
+
+def test_a_floor_keeps_differences_of_rounding_size_small_and_leaves_others() -> None:
+    perturbations = torch.tensor([[0.1], [-0.1]])
+    options = {"truncations": 1, "sigma": 0.1, "standardized": True}
+    for size, share in ((1e-6, 1e-6 / 3e-3), (0.5, 1.0)):
+        losses = torch.tensor([size, -size]), torch.zeros(2)
+        whole, floored = (slot_gradient(*losses, perturbations, floor=floor, **options) for floor in (0.0, 3e-3))
+        torch.testing.assert_close(floored, share * whole)
+
+
+@pytest.mark.parametrize("floor", [-1.0, float("inf"), float("nan")])
+def test_a_floor_that_makes_no_sense_is_refused(floor: float) -> None:
+    with pytest.raises(InvalidArgumentError, match="difference_floor"):
+        FamilyConfig(difference_floor=floor)
