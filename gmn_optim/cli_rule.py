@@ -5,7 +5,14 @@ from typing import Any
 
 from gmn_optim.rule import RuleConfig
 
-ARMS = {"nominal": None, "ds": "ds", "ds+gmn": "ds", "eigenbasis": "eigenbasis", "eigenbasis+gmn": "eigenbasis"}
+ARMS = {
+    "nominal": None,
+    "ds": "ds",
+    "ds+gmn": "ds",
+    "eigenbasis": "eigenbasis",
+    "eigenbasis+gmn": "eigenbasis",
+    "controller": "controller",
+}
 """The body of each arm; those that end so have a GradMetaNet."""
 
 
@@ -34,6 +41,7 @@ def add_rule_options(group: Any) -> None:
         default=default.follow_every,
         help="steps between two looks of a nominal term with bases at the factors",
     )
+    group.add_argument("--setpoint", type=float, default=default.setpoint, help="what a controller starts from")
     group.add_argument("--beta", type=float, default=default.beta, help="initial weight of the learned term")
 
 
@@ -61,4 +69,5 @@ def read_rule_options(options: argparse.Namespace) -> RuleConfig:
         alpha=options.alpha,
         beta=options.beta,
         follow_every=options.follow_every,
+        setpoint=options.setpoint,
     )

@@ -147,11 +147,17 @@ class MeasuredChunk(NamedTuple):
     lrs: Sequence[float | Tensor]
 
 
+LARGE = 4_096
+"""Elements of a segment, on average, from which products of whole segments are quicker than those of elements."""
+
+
 def measure_chunk(chunk: Chunk, update: ChunkUpdate, gradient: Tensor, lrs: Sequence[float | Tensor]) -> MeasuredChunk:
     """Return the measures of a chunk's newest step, without a transfer to the host."""
     pairs = [(update.step, update.step), (gradient, gradient), (update.step, gradient)]
-    if len(chunk.segments) == 1:
-        means = torch.stack([torch.dot(*pair) for pair in pairs]).unsqueeze(0) / chunk.size
+    if chunk.size >= LARGE * len(chunk.segments):
+        parts = [zip(*(flat.split(chunk.sizes) for flat in pair), strict=True) for pair in pairs]
+        sums = torch.stack([torch.stack([torch.dot(*two) for two in each]) for each in parts], dim=-1)
+        means = sums / sums.new_tensor(chunk.sizes).unsqueeze(-1)
     else:
         means = chunk.mean_per_segment(torch.stack([one * other for one, other in pairs], dim=-1))
     return MeasuredChunk(chunk, means, lrs)

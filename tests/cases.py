@@ -36,7 +36,7 @@ def make_rule(arm: str, seed: int = 0) -> UpdateRule:
         for name, parameter in rule.named_parameters():
             if name.endswith(".raw") or name.startswith("schedule"):
                 parameter.normal_(std=0.01)  # these enter an exponential, ten times as large
-            elif name.startswith("body.output"):
+            elif name.startswith(("body.output", "body.linear")):
                 parameter.normal_(std=0.3)
     return rule
 
@@ -45,9 +45,16 @@ def without_learned_term(rule: UpdateRule) -> UpdateRule:
     """Return the rule with the last layer of its body set to zero."""
     twin = UpdateRule(rule.config).requires_grad_(False)
     twin.load_state_dict(rule.state_dict())
-    for parameter in twin.body.output.parameters():
-        parameter.zero_()
+    silence(twin)
     return twin
+
+
+def silence(rule: UpdateRule) -> UpdateRule:
+    """Set everything that a body writes to zero, in place."""
+    for name, parameter in rule.body.named_parameters():
+        if name.startswith(("output", "linear")):
+            parameter.zero_()
+    return rule
 
 
 class FunctionalMLP(nn.Module):

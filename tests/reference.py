@@ -469,3 +469,35 @@ def eigen_neuron_features(side: Tensor, chosen: Sequence[int]) -> tuple[list[lis
     mean = [abs(sum(row[k] for row in rows) / count) for k in neurons]
     shares = [0.25 * math.log(max(variance[k] / scale**2, 1e-7)) for k in neurons]
     return sets, [[shares[k], 2 * mean[k] / math.sqrt(variance[k])] for k in neurons]
+
+
+SeenByController = tuple[int, Tensor, Tensor, Sequence[tuple[Tensor, Tensor]] | None]
+
+
+def controller_memory(seen: Sequence[SeenByController]) -> list[float]:
+    """Return what a controller remembers of a matrix besides its pace: cosine, and log of signal against noise.
+
+    Args:
+        seen: Of each step its age, the gradient, the average of earlier steps and, at a look, each row's factors.
+    """
+    cosine, ratio = 0.0, 0.0
+    for age, gradient, average, rows in seen:
+        product = sum(g * a for g, a in zip(gradient.flatten().tolist(), average.flatten().tolist(), strict=True))
+        weight = max(0.2, 1 / max(age - 1, 1))
+        cosine += weight * (product / (gradient.norm().item() * average.norm().item()) - cosine)
+        if rows is not None:
+            noise = sum(torch.outer(g, a).square().sum().item() for g, a in rows)
+            weight = 1.0 if age <= 1 else max(0.1, 1 / age)
+            ratio += weight * (math.log(gradient.square().sum().item() / noise) - ratio)
+    return [cosine, ratio]
+
+
+def turned_squares(old: Tensor, new: Tensor, squares: Tensor) -> list[list[float]]:
+    """Return second moments along new directions (n, k) of rows whose old coordinates (n, n) are uncorrelated."""
+    return [
+        [
+            sum((old[:, place] @ direction).item() ** 2 * square for place, square in enumerate(row.tolist()))
+            for direction in new.mT
+        ]
+        for row in squares
+    ]

@@ -321,6 +321,7 @@ ARMS: dict[str, RuleConfig] = {
     "scheduled": RuleConfig(**_ADAM, gradmetanet=_NET, memory="slots", scheduled=True),
     "eigenbasis": RuleConfig(**_SCHEDULE_FREE),
     "eigenbasis+gmn": RuleConfig(**_SCHEDULE_FREE, gradmetanet=_NET),
+    "controller": RuleConfig(nominal="kronecker_schedule_free", body="controller", width=8, data_points=DATA_POINTS),
 }
 """Update rules: all tests of the rule, the optimizer and the unroll run for each. A body or a memory is a row here."""
 

@@ -1,5 +1,6 @@
 """The learned update rule, a pure function of parameters, gradients, neurons and state."""
 
+from gmn_optim.rule import controller as controller
 from gmn_optim.rule import eigenbasis_body as eigenbasis_body
 from gmn_optim.rule import kronecker as kronecker
 from gmn_optim.rule import schedule_free as schedule_free

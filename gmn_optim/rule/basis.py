@@ -9,13 +9,25 @@ from torch import Tensor
 from gmn_optim.gradients import DecomposedGradient
 from gmn_optim.registry import Registry
 from gmn_optim.rule.matrices import Matrix
-
-TINY = 1e-30
-"""Second moments are divided by at least this, so that zeros stay zeros."""
+from gmn_optim.rule.sides import (
+    eigenvectors,
+    follow_moment,
+    init_side,
+    is_square,
+    leading_basis,
+    second_moment,
+    turn,
+    turn_back,
+    turn_columns,
+    turn_columns_back,
+    turn_squares,
+)
 
 
 class Basis(NamedTuple):
     """The bases of one matrix, and what they are made from. A side without a basis holds empty tensors.
+
+    Those of a long side are of other shapes, see :mod:`gmn_optim.rule.sides`.
 
     Attributes:
         age: Steps that they have followed ().
@@ -24,6 +36,7 @@ class Basis(NamedTuple):
         column_moment: Moving average of E[a a^T], with mean diagonal 1 (groups, i, i).
         rows: Orthonormal columns (groups, o, o).
         columns: Orthonormal columns (groups, i, i).
+        memory: What a learned term that decides matrix by matrix remembers of this one (m), zero at first.
     """
 
     age: Tensor
@@ -32,10 +45,11 @@ class Basis(NamedTuple):
     column_moment: Tensor
     rows: Tensor
     columns: Tensor
+    memory: Tensor
 
 
 class Moments(NamedTuple):
-    """Second moments of one step, (groups, o, o) and (groups, i, i); None for a side without a basis."""
+    """Second moments of one step, (groups, o, o) and (groups, i, i), or roots; None for a side without a basis."""
 
     rows: Tensor | None
     columns: Tensor | None
@@ -47,15 +61,14 @@ Eigenbasis = Callable[[Tensor, Tensor], Tensor]
 eigenbases: Registry[Eigenbasis] = Registry("eigenbasis")
 
 
-def init_basis(matrix: Matrix, like: Tensor) -> Basis:
-    """Return the axes themselves as bases, with the dtype and device of ``like``."""
-    rows, columns = (
-        torch.eye(n, dtype=like.dtype, device=like.device).repeat(matrix.groups, 1, 1) if turns else like.new_zeros(0)
+def init_basis(matrix: Matrix, like: Tensor, memory: int = 0) -> Basis:
+    """Return the axes themselves as bases, with the dtype and device of ``like`` and room for a memory."""
+    (rows, row_moment), (columns, column_moment) = (
+        init_side(matrix.groups, n, like) if turns else (like.new_zeros(0), like.new_zeros(0))
         for n, turns in ((matrix.rows, matrix.turns_rows), (matrix.columns, matrix.turns_columns))
     )
-    return Basis(
-        like.new_zeros(()), like.new_zeros(()), torch.zeros_like(rows), torch.zeros_like(columns), rows, columns
-    )
+    age, size = like.new_zeros(()), like.new_zeros(())
+    return Basis(age, size, row_moment, column_moment, rows, columns, like.new_zeros(memory))
 
 
 # ---------------------------------------------------------------------- second moments
@@ -66,12 +79,12 @@ def moments_of_factors(matrix: Matrix, factors: DecomposedGradient) -> Moments |
     if matrix.weight.role == "table":
         backprops = factors.backprops.flatten(0, 1)
         fits = backprops.shape[1] == matrix.columns
-        return Moments(None, _moment(backprops.unsqueeze(0))) if fits and len(backprops) else None
+        return Moments(None, second_moment(backprops.unsqueeze(0))) if fits and len(backprops) else None
     rows = rows_of_factors(matrix, factors)
     if rows is None:
         return None
     a, g = rows
-    return Moments(_moment(g) if matrix.turns_rows else None, _moment(a) if matrix.turns_columns else None)
+    return Moments(second_moment(g) if matrix.turns_rows else None, second_moment(a) if matrix.turns_columns else None)
 
 
 def rows_of_factors(matrix: Matrix, factors: DecomposedGradient) -> tuple[Tensor, Tensor] | None:
@@ -90,34 +103,17 @@ def rows_of_factors(matrix: Matrix, factors: DecomposedGradient) -> tuple[Tensor
 
 def moments_of_gradient(matrix: Matrix, gradient: Tensor) -> Moments:
     """Return the Gram matrices ``G G^T`` and ``G^T G`` of a gradient (groups, o, i)."""
-    return Moments(
-        _moment(gradient.mT) if matrix.turns_rows else None, _moment(gradient) if matrix.turns_columns else None
-    )
-
-
-def _moment(rows: Tensor) -> Tensor:
-    """Return the sum of the outer products of rows (groups, r, n), with mean diagonal 1 (groups, n, n).
-
-    Rows are divided by their largest element first, so that no square over- or underflows.
-    """
-    scaled = rows / rows.abs().amax((-2, -1), keepdim=True).clamp_min(TINY)
-    moment = scaled.mT @ scaled
-    return moment / moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(TINY)[..., None, None]
+    rows = second_moment(gradient.mT) if matrix.turns_rows else None
+    return Moments(rows, second_moment(gradient) if matrix.turns_columns else None)
 
 
 def follow(basis: Basis, moments: Moments, decay: Tensor | float) -> Basis:
     """Return the basis with its moving averages one step on; what is not finite is left out."""
     averages = [
-        old if new is None else _follow(old, new, decay)
+        old if new is None else follow_moment(old, new, decay)
         for old, new in ((basis.row_moment, moments.rows), (basis.column_moment, moments.columns))
     ]
     return basis._replace(row_moment=averages[0], column_moment=averages[1])
-
-
-def _follow(average: Tensor, moment: Tensor, decay: Tensor | float) -> Tensor:
-    """Return a moving average (groups, n, n) one step on."""
-    finite = moment.sum((-2, -1), keepdim=True).isfinite()
-    return torch.where(finite, torch.lerp(moment, average, decay), average).detach()
 
 
 # ---------------------------------------------------------------------- new bases
@@ -126,10 +122,7 @@ def _follow(average: Tensor, moment: Tensor, decay: Tensor | float) -> Tensor:
 @eigenbases.register("eigh")
 def decompose(moment: Tensor, basis: Tensor) -> Tensor:
     """Return the eigenvectors of a second moment, whatever the basis was."""
-    try:
-        return torch.linalg.eigh(moment)[1]
-    except torch.linalg.LinAlgError:  # in float32 the algorithm may fail on repeated eigenvalues
-        return torch.linalg.eigh(moment.double())[1].to(moment.dtype)
+    return eigenvectors(moment)
 
 
 @eigenbases.register("qr")
@@ -157,27 +150,26 @@ def renew(basis: Basis, second: Tensor, due: Tensor, method: Eigenbasis) -> tupl
         basis: The bases so far.
         second: Moving averages of squared gradients in them.
         due: Whether they are made anew ().
-        method: How.
+        method: How, of sides of which all eigenvectors are kept.
     """
     turned, sides = second, []
     for axis, (moment, old) in enumerate(((basis.row_moment, basis.rows), (basis.column_moment, basis.columns))):
         if not old.numel():
             sides.append(old)
             continue
-        new = method(moment, old)
-        shares = (new.mT @ old).square()
-        turned = shares @ turned if axis == 0 else turned @ shares.mT
+        new = method(moment, old) if is_square(old) else leading_basis(moment)
+        turned = turn_squares(new, old, turned.mT).mT if axis == 0 else turn_squares(new, old, turned)
         sides.append(torch.where(due, new, old))
     return basis._replace(rows=sides[0], columns=sides[1]), torch.where(due, turned, second)
 
 
 def into(basis: Basis, values: Tensor) -> Tensor:
     """Return a matrix (groups, o, i) in the coordinates of the bases."""
-    values = basis.rows.mT @ values if basis.rows.numel() else values
-    return values @ basis.columns if basis.columns.numel() else values
+    values = turn_columns(basis.rows, values) if basis.rows.numel() else values
+    return turn(basis.columns, values) if basis.columns.numel() else values
 
 
 def out_of(basis: Basis, values: Tensor) -> Tensor:
     """Return a matrix (groups, o, i) given in the coordinates of the bases."""
-    values = basis.rows @ values if basis.rows.numel() else values
-    return values @ basis.columns.mT if basis.columns.numel() else values
+    values = turn_columns_back(basis.rows, values) if basis.rows.numel() else values
+    return turn_back(basis.columns, values) if basis.columns.numel() else values

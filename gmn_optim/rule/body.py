@@ -2,15 +2,17 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from gmn_optim.nn.product import FeatureRun
 from gmn_optim.registry import Registry
+from gmn_optim.rule.coordinates import Coordinates
 from gmn_optim.rule.features import TIME_SCALES
 
 bodies: Registry[type[nn.Module]] = Registry("body")
-"""Those that read parameters, :class:`AbstractBody`, and those that read coordinates of matrices in their bases."""
+"""Those that read parameters, :class:`AbstractBody`, and those that read matrices, :class:`AbstractMatrixBody`."""
 
 
 class AbstractBody(nn.Module, ABC):
@@ -26,6 +28,49 @@ class AbstractBody(nn.Module, ABC):
             around: What GradMetaNet makes of the neurons on either side of each parameter, (., width) for
                 consecutive runs of parameters; empty without GradMetaNet.
         """
+
+
+class MatrixChange(NamedTuple):
+    """What a body makes of a matrix.
+
+    Attributes:
+        gain: What is added to the nominal step, as a share of it (groups, o, i), or one number for all ().
+        memory: What is remembered of the matrix (m).
+    """
+
+    gain: Tensor
+    memory: Tensor
+
+
+class AbstractMatrixBody(nn.Module, ABC):
+    """Changes the steps that a nominal term takes in the bases of matrices; not at all before any meta-training.
+
+    Attributes:
+        buffers_per_parameter: 2 to find a moving average of the noise of each coordinate, and its own gains again.
+        memory_per_matrix: How many numbers it remembers of every matrix.
+        takes_gradmetanet: Whether a GradMetaNet may read for it.
+    """
+
+    buffers_per_parameter: int = 0
+    memory_per_matrix: int = 0
+    takes_gradmetanet: bool = True
+
+    @abstractmethod
+    def forward(
+        self, turned: Sequence[Coordinates], parameters: Sequence[Tensor], matrices: int, alpha: Tensor
+    ) -> list[MatrixChange]:
+        """Return what a look at the factors makes of each matrix.
+
+        Args:
+            turned: Matrices whose gradients factors explain, each in its bases.
+            parameters: Of each, in their own coordinates (groups, o, i).
+            matrices: Number of matrices of the model.
+            alpha: Step size ().
+        """
+
+    @abstractmethod
+    def hold(self, each: Coordinates) -> MatrixChange:
+        """Return what is made of a matrix between two looks."""
 
 
 @bodies.register("ds")

@@ -31,6 +31,8 @@ class RuleConfig:
         decay: Initial decay of that schedule: alpha starts as ``alpha exp(-decay (tanh(t / 1000 - 1) + tanh 1))``.
         alpha: Initial step size; None for the nominal term's own.
         beta: Initial weight of the learned term.
+        setpoint: A controller starts as one that holds the mean cosine between gradients and steps of late at minus
+            this; 0 to start as the nominal term.
         share: What a body in the eigenbasis writes is multiplied by it: 1 as meta-trained, 0 for the nominal term.
         least_size: A body in the eigenbasis leaves a model to the nominal term if one of its matrices is smaller at
             first (root mean square against torch's initialization, zeros excepted); 0 to serve all.
@@ -58,6 +60,7 @@ class RuleConfig:
     decay: float = 0.0
     alpha: float | None = None
     beta: float = 0.001
+    setpoint: float = 0.0
     share: float = 1.0
     least_size: float = 0.0
     guard: float = 1.0
@@ -76,6 +79,12 @@ class RuleConfig:
                 ("depth", self.depth, is_count(self.depth, 64), "whole, 1 to 64"),
                 ("alpha", self.alpha, self.alpha is None or _is_positive(self.alpha), "positive, at most 1e6"),
                 ("beta", self.beta, _is_positive(self.beta), "positive, at most 1e6"),
+                (
+                    "setpoint",
+                    self.setpoint,
+                    self.setpoint == 0 or (self.body == "controller" and _is_positive(self.setpoint)),
+                    "0, or positive if the body is a controller",
+                ),
                 ("share", self.share, self.share == 0 or _is_positive(self.share), "0 or positive, at most 1e6"),
                 (
                     "least_size",
@@ -100,6 +109,12 @@ class RuleConfig:
                     self.gradmetanet,
                     self.gradmetanet is None or self.body is not None,
                     "None if body is None",
+                ),
+                (
+                    "gradmetanet",
+                    self.gradmetanet,
+                    self.gradmetanet is None or not self.in_eigenbasis or bodies[str(self.body)].takes_gradmetanet,
+                    "None with this body",
                 ),
             )
             if not good

@@ -7,10 +7,11 @@ from torch import Tensor
 from gmn_optim.gradients import DecomposedGradient
 from gmn_optim.rule.basis import Basis, rows_of_factors
 from gmn_optim.rule.matrices import Matrix
+from gmn_optim.rule.sides import turn
 
 
 class TurnedRows(NamedTuple):
-    """Factors of each row (a data point at a position) in the bases, those of a side without a basis as they are.
+    """Factors of each row (a data point at a position) in the bases, or as they are: squared norms are the same.
 
     Attributes:
         activations: (groups, r, i), with a 1 for the bias before the turn.
@@ -35,7 +36,7 @@ class TurnedRows(NamedTuple):
 
 
 class Coordinates(NamedTuple):
-    """What a learned body sees of a matrix, all but the last two in the coordinates of the bases.
+    """What a learned body sees of a matrix, in the coordinates of the bases up to ``gain``.
 
     Attributes:
         matrix: The matrix.
@@ -44,11 +45,12 @@ class Coordinates(NamedTuple):
         step: The nominal step at step size 1 (groups, o, i).
         squares: Moving average of squared mean gradients, corrected for its start at zero (groups, o, i).
         floor: What the nominal term adds to roots of squares (): coordinates far below it are rounding errors.
-        noise: Moving average of :meth:`TurnedRows.noise`; None where no factors explain the gradient.
-        rows: Factors of each row, or None.
+        noise: Moving average of :meth:`TurnedRows.noise`; None where no factors explain the gradient, or none is kept.
+        rows: Factors of each row, or None; turned if noise is kept.
         gain: What the learned term added when it looked last, as a share of the step; None without one.
         own_gradient: The mean gradient in the parameter's own coordinates (groups, o, i).
         average: The nominal term's average in the parameter's own coordinates (groups, o, i).
+        gap: Steps that this look at the factors stands for (), 0 if this training does not look.
     """
 
     matrix: Matrix
@@ -62,16 +64,23 @@ class Coordinates(NamedTuple):
     gain: Tensor | None
     own_gradient: Tensor
     average: Tensor
+    gap: Tensor | float = 1.0
+
+
+def rows_of(matrix: Matrix, factors: DecomposedGradient | None) -> TurnedRows | None:
+    """Return the factors of a matrix as they are; None without factors, or for a table."""
+    rows = None if factors is None or matrix.weight.role == "table" else rows_of_factors(matrix, factors)
+    return None if rows is None else TurnedRows(*rows)
 
 
 def turn_rows(matrix: Matrix, basis: Basis, factors: DecomposedGradient | None) -> TurnedRows | None:
     """Return the factors of a matrix in its bases; None without factors, or for a table."""
-    rows = None if factors is None or matrix.weight.role == "table" else rows_of_factors(matrix, factors)
+    rows = rows_of(matrix, factors)
     if rows is None:
         return None
     activations, backprops = rows
     if basis.columns.numel():
-        activations = activations @ basis.columns
+        activations = turn(basis.columns, activations)
     if basis.rows.numel():
-        backprops = backprops @ basis.rows
+        backprops = turn(basis.rows, backprops)
     return TurnedRows(activations, backprops)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gmn_optim.nn.gradmetanet import GradMetaNet, GradMetaNetConfig
-from gmn_optim.rule.body import bodies
+from gmn_optim.rule.body import AbstractMatrixBody, MatrixChange, bodies
 from gmn_optim.rule.coordinates import Coordinates
 from gmn_optim.rule.eigen_features import COORDINATE_CHANNELS, LAYER_CHANNELS, coordinate_features, layer_features
 from gmn_optim.rule.eigen_neurons import NEURON_CHANNELS, SET_CHANNELS, gather_eigen_neurons
@@ -18,7 +18,7 @@ OUTPUT_SPEED = 2.0
 
 
 @bodies.register("eigenbasis")
-class EigenbasisBody(nn.Module):
+class EigenbasisBody(AbstractMatrixBody):
     """Scales the nominal step of every coordinate, and adds a share of the gradient on the scale of its noise.
 
     For step u, gradient g, signal v and noise q of a coordinate it returns
@@ -44,6 +44,8 @@ class EigenbasisBody(nn.Module):
         (242, False)
     """
 
+    buffers_per_parameter = 2
+
     def __init__(self, width: int, gradmetanet: GradMetaNetConfig | None, data_points: int, share: float = 1.0) -> None:
         super().__init__()
         self.data_points, self.share = data_points, share
@@ -60,19 +62,19 @@ class EigenbasisBody(nn.Module):
             del self.gradmetanet.product
             self.from_inputs, self.from_outputs = (nn.Linear(gradmetanet.width, width, bias=False) for _ in range(2))
 
-    def forward(self, turned: Sequence[Coordinates], parameters: Sequence[Tensor], matrices: int) -> list[Tensor]:
-        """Return what is added to each step, as a share of it (groups, o, i).
-
-        Args:
-            turned: Matrices whose gradients factors explain, each in its bases.
-            parameters: Of each, in their own coordinates (groups, o, i).
-            matrices: Number of matrices of the model.
-        """
+    def forward(
+        self, turned: Sequence[Coordinates], parameters: Sequence[Tensor], matrices: int, alpha: Tensor
+    ) -> list[MatrixChange]:
+        """Return what is added to each step, as a share of it (groups, o, i), see :class:`AbstractMatrixBody`."""
         around = self._around(turned)
         return [
-            self._gain(each, layer_features(each, own, matrices), sides)
+            MatrixChange(self._gain(each, layer_features(each, own, matrices), sides), each.basis.memory)
             for each, own, sides in zip(turned, parameters, around, strict=True)
         ]
+
+    def hold(self, each: Coordinates) -> MatrixChange:
+        """Return the gain of the newest look."""
+        return MatrixChange(each.gain, each.basis.memory)
 
     def _around(self, turned: Sequence[Coordinates]) -> list["_Around | None"]:
         """Return what GradMetaNet makes of the eigenvectors on either side of each matrix."""

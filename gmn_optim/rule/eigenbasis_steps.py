@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gmn_optim.rule.body import AbstractMatrixBody, MatrixChange
 from gmn_optim.rule.coordinates import Coordinates
-from gmn_optim.rule.eigenbasis_body import EigenbasisBody
 from gmn_optim.rule.features import root
 from gmn_optim.rule.layout import Chunk, Layout
 from gmn_optim.rule.matrices import Matrix
@@ -34,7 +34,7 @@ class EigenbasisSteps:
 
     def __init__(
         self,
-        body: EigenbasisBody,
+        body: AbstractMatrixBody,
         layout: Layout,
         parameters: Sequence[Tensor],
         alpha: Tensor,
@@ -55,16 +55,24 @@ class EigenbasisSteps:
             turned: All matrices.
             follow: Whether the body looks anew; otherwise gains are those of its last look.
         """
-        gains = self._new_gains(turned) if follow else [each.gain for each in turned]
-        return [self._guard(each, gain) for each, gain in zip(turned, gains, strict=True)]
+        changes = self._look(turned) if follow else [self.body.hold(each) for each in turned]
+        return [self._guard(each, *change) for each, change in zip(turned, changes, strict=True)]
 
-    def _new_gains(self, turned: Sequence[Coordinates]) -> list[Tensor]:
-        """Return the gains of all matrices (groups, o, i), zero where the learned term does not serve."""
+    def _look(self, turned: Sequence[Coordinates]) -> list[MatrixChange]:
+        """Return what the body makes of all matrices, nothing where the learned term does not serve."""
         self._is_known = self._knows(turned)
         served = [each for each in turned if self._serves(each)]
-        found = self.body(served, [each.matrix.gather(self.pieces) for each in served], len(turned)) if served else []
-        gains = iter([torch.where(self._is_known, gain, torch.zeros_like(gain)) for gain in found])
-        return [next(gains) if self._serves(each) else torch.zeros_like(each.step) for each in turned]
+        own = [each.matrix.gather(self.pieces) for each in served]
+        found = iter(self.body(served, own, len(turned), self.alpha) if served else [])
+        return [self._allowed(next(found)) if self._serves(each) else self._nothing(each) for each in turned]
+
+    def _allowed(self, change: MatrixChange) -> MatrixChange:
+        """Return a change, or zeros for a model with weights smaller than those of meta-training."""
+        return MatrixChange(*(torch.where(self._is_known, each, torch.zeros_like(each)) for each in change))
+
+    def _nothing(self, each: Coordinates) -> MatrixChange:
+        """Return what leaves a matrix to the nominal term."""
+        return MatrixChange(torch.zeros_like(each.step), torch.zeros_like(each.basis.memory))
 
     def guarded(self, number: int, chunk: Chunk, like: Tensor) -> Tensor:
         """Return whether the learned step was replaced, for each segment of chunk ``number`` (segments)."""
@@ -75,16 +83,16 @@ class EigenbasisSteps:
         """Return whether the learned term serves a matrix."""
         return each.rows is not None and each.matrix.has_basis and self.layout.chunks[each.matrix.place.chunk].learned
 
-    def _guard(self, each: Coordinates, gain: Tensor) -> ChangedStep:
+    def _guard(self, each: Coordinates, gain: Tensor, memory: Tensor) -> ChangedStep:
         """Return the changed step of a matrix, or its nominal one."""
         if not self.layout.chunks[each.matrix.place.chunk].learned:
-            return ChangedStep(each.step, gain)
+            return ChangedStep(each.step, gain, memory)
         changed = each.step * (1 + gain)
         size = root(each.matrix.gather(self.pieces).square().mean()) + self.floor
         length = self.alpha * root(changed.square().nan_to_num(nan=torch.inf).mean())
         fits = (length <= self.limit * size) & self._is_known.to(size.device)
         self._note(each.matrix, ~fits)
-        return ChangedStep(torch.where(fits, changed, each.step), gain)
+        return ChangedStep(torch.where(fits, changed, each.step), gain, memory)
 
     def _knows(self, turned: Sequence[Coordinates]) -> Tensor:
         """Return whether every matrix began with large enough weights, or with zeros ()."""

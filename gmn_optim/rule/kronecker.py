@@ -18,7 +18,7 @@ from gmn_optim.rule.basis import (
     out_of,
     renew,
 )
-from gmn_optim.rule.coordinates import Coordinates, TurnedRows, turn_rows
+from gmn_optim.rule.coordinates import Coordinates, TurnedRows, rows_of, turn_rows
 from gmn_optim.rule.layout import Layout
 from gmn_optim.rule.matrices import Matrix
 from gmn_optim.rule.nominal import LEAST_SQUARE, AdamTerm, Buffers, ChunkInputs, Surroundings, nominal_terms
@@ -70,9 +70,11 @@ class KroneckerAdamTerm(AdamTerm):
     uses_factors = True
     averages_gradients = True
     """Whether the direction is made of an average of gradients; otherwise of the gradient itself."""
+    memory_per_matrix = 0
+    """Numbers that it keeps of every matrix for a learned body."""
     serves_body = False
-    """Whether it keeps two more buffers for a learned body: an average of the noise that the rows of factors show in
-    the basis, and the gain of the body."""
+    """Whether a learned body changes its steps. One that asks for two more buffers finds in them an average of the
+    noise that the rows of factors show in the basis, and its own gain."""
 
     def __init__(self, refresh_every: int = 50, method: str = "eigh", follow_every: int = FOLLOW_EVERY) -> None:
         super().__init__()
@@ -80,14 +82,15 @@ class KroneckerAdamTerm(AdamTerm):
         self.factor_decay = Decay(0.95)
         self.damping = LogScalar(1e-4)
 
-    def serve_body(self) -> None:
-        """Keep noise and gain from now on, as two more buffers."""
+    def serve_body(self, buffers: int = 2, memory: int = 0) -> None:
+        """Keep buffers, and numbers of every matrix, for a learned body from now on."""
         if not self.serves_body:
-            self.serves_body, self.buffers_per_parameter = True, self.buffers_per_parameter + 2
+            self.serves_body, self.buffers_per_parameter = True, self.buffers_per_parameter + buffers
+            self.memory_per_matrix = memory
 
     def init_bases(self, layout: Layout, like: Tensor) -> tuple[Basis, ...]:
         """Return the axes as the bases of every matrix."""
-        return tuple(init_basis(matrix, like) for matrix in layout.matrices)
+        return tuple(init_basis(matrix, like, self.memory_per_matrix) for matrix in layout.matrices)
 
     def is_due(self, age: int | Tensor) -> bool | Tensor:
         """Return whether a basis is made anew at the step that is its ``age``-th."""
@@ -113,10 +116,11 @@ class KroneckerAdamTerm(AdamTerm):
             self._turn(matrix, old, pieces, corrections[matrix.place.chunk], around)
             for matrix, old in zip(matrices, bases, strict=True)
         ]
-        steps = self._changed(turned, pieces, around)
+        steps, memories = self._changed(turned, pieces, around)
         for each, step, scale in zip(turned, steps, self.matrix_scales(turned, around), strict=True):
             pieces.directions.put(each.matrix, out_of(each.basis, step if scale is None else step * scale))
-        return pieces.joined(), tuple(each.basis for each in turned)
+        found = zip(turned, memories, strict=True)
+        return pieces.joined(), tuple(each.basis._replace(memory=memory) for each, memory in found)
 
     def new_average(self, inputs: ChunkInputs) -> Tensor:
         """Return the first buffer of a chunk after its average has followed the gradient."""
@@ -145,15 +149,17 @@ class KroneckerAdamTerm(AdamTerm):
             pieces.seconds.put_parts(parts, second)
             pieces.directions.put_parts(parts, numerator / root)
 
-    def _changed(self, turned: Sequence[Coordinates], pieces: "_Pieces", around: Surroundings) -> list[Tensor]:
-        """Return the steps of all matrices, as a learned term changes them, and keep its gains."""
+    def _changed(
+        self, turned: Sequence[Coordinates], pieces: "_Pieces", around: Surroundings
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the steps of all matrices, as a learned term changes them, and its memories; keep its gains."""
         if around.change is None:
-            return [each.step for each in turned]
+            return [each.step for each in turned], [each.basis.memory for each in turned]
         changed = around.change(turned, around.follow)
-        if around.follow:
-            for each, (_, gain) in zip(turned, changed, strict=True):
+        if around.follow and pieces.of_body:
+            for each, (_, gain, _) in zip(turned, changed, strict=True):
                 pieces.of_body[1].put(each.matrix, torch.where(self.follows(each.basis.age), gain, each.gain))
-        return [step for step, _ in changed]
+        return [each.step for each in changed], [each.memory for each in changed]
 
     def _turn(
         self, matrix: Matrix, old: Basis, pieces: "_Pieces", corrections: "_Corrections", around: Surroundings
@@ -168,13 +174,16 @@ class KroneckerAdamTerm(AdamTerm):
         squares = (second / corrections.second).clamp_min(LEAST_SQUARE)
         floor = corrections.epsilon + self.damping() * squares.mean().sqrt()
         # of a step that does not average gradients, the average is only looked at by a learned term
-        is_seen = self.averages_gradients or (around.change is not None and around.follow)
+        is_seen = self.averages_gradients or around.change is not None
         average = pieces.averages.of(matrix) if is_seen else gradient
         numerator = into(basis, average) / corrections.first if self.averages_gradients else turned
         step = numerator / (squares.sqrt() + floor)
         noise, rows = self._see_noise(matrix, basis, pieces, corrections, around)
-        gain = pieces.of_body[1].of(matrix) if self.serves_body else None
-        return Coordinates(matrix, basis, turned, step, squares, floor, noise, rows, gain, gradient, average)
+        gain = pieces.of_body[1].of(matrix) if pieces.of_body else None
+        gap: Tensor | float = 0.0
+        if around.change is not None and around.follow:
+            gap = torch.where(self.follows(basis.age), self.gap(basis.age), 0.0)
+        return Coordinates(matrix, basis, turned, step, squares, floor, noise, rows, gain, gradient, average, gap)
 
     def _see_noise(
         self, matrix: Matrix, basis: Basis, pieces: "_Pieces", corrections: "_Corrections", around: Surroundings
@@ -186,6 +195,8 @@ class KroneckerAdamTerm(AdamTerm):
         """
         if not (self.serves_body and around.follow):
             return None, None
+        if not pieces.of_body:
+            return None, rows_of(matrix, around.factors.get(matrix.weight.layer))
         rows = turn_rows(matrix, basis, around.factors.get(matrix.weight.layer))
         if rows is None:
             return None, None

@@ -55,11 +55,13 @@ class ChangedStep(NamedTuple):
 
     Attributes:
         step: ``(1 + gain) u`` where the guard allows it, else u (groups, o, i).
-        gain: To be kept until the learned term looks again (groups, o, i).
+        gain: To be kept until the learned term looks again (groups, o, i), if it keeps gains.
+        memory: What the learned term remembers of the matrix (m).
     """
 
     step: Tensor
     gain: Tensor
+    memory: Tensor
 
 
 nominal_terms: Registry[type["AbstractNominalTerm"]] = Registry("nominal term")

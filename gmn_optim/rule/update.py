@@ -118,7 +118,9 @@ class UpdateRule(nn.Module):
             self.schedule = _decaying_schedule(config.decay)
         if config.in_eigenbasis:
             self.body = bodies[config.body](config.width, config.gradmetanet, config.data_points, config.share)
-            self.nominal.serve_body()
+            self.nominal.serve_body(self.body.buffers_per_parameter, self.body.memory_per_matrix)
+            if config.setpoint:
+                self.body.hold_cosine_at(-config.setpoint)
         elif config.body is not None:
             self.beta = LogScalar(config.beta)
             self.body = bodies[config.body](3 + len(DECAYS), 2 if config.gated else 1, config.width, config.depth)

@@ -255,12 +255,12 @@ def _prefixed(data: str, task: AbstractTask) -> AbstractTask:
 
 
 _SHARES: dict[Callable[[Draw], AbstractTask], float] = {
-    _image_mlp: 0.45,
+    _image_mlp: 0.35,
     _letter_mlp: 0.08,
-    _inpainting: 0.09,
-    _autoencoder: 0.08,
+    _inpainting: 0.13,
+    _autoencoder: 0.12,
     _image_fit: 0.10,
-    _image_cnn: 0.08,
+    _image_cnn: 0.10,
     _byte_transformer: 0.12,
 }
 _KINDS = list(_SHARES)

@@ -1,0 +1,160 @@
+"""The controller: a learned function that speeds up and slows down each matrix, and remembers by how much."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gmn_optim.nn.gradmetanet import GradMetaNetConfig
+from gmn_optim.rule.body import AbstractMatrixBody, MatrixChange, bodies
+from gmn_optim.rule.coordinates import Coordinates
+from gmn_optim.rule.features import root
+from gmn_optim.rule.nominal import LEAST_SQUARE
+
+CHANNELS = 11
+
+MEAN_COSINE, MEAN_RATIO, COSINE_SCALE = 4, 5, 10.0
+"""Which features are means over the model, and what cosines are multiplied by."""
+
+PROPORTION, ALLOWANCE = 0.3, 0.05
+"""Weights of these features in a controller that holds the mean cosine at a value, or below where signal is strong."""
+
+RATE = 0.1
+"""The pace, a logarithm, changes by at most so much for each step."""
+
+SLOWEST, FASTEST = -1.0, 0.8
+"""Bounds of the pace: steps are between 0.37 and 2.2 times the nominal ones, whatever happens."""
+
+RANGES = (8, 256, 64), (8, 256, 32), (1, 8, 2)
+"""Least and largest inputs, outputs and number of matrices that meta-training sees, beyond which a number counts as
+these, and what they are measured against."""
+
+OUTPUT_SPEED = 2.0
+"""Outputs are multiplied by this, so that a perturbation in meta-training is felt."""
+
+ALIGNMENT_WEIGHT, NOISE_WEIGHT = 0.2, 0.1
+"""Of the newest step, and of the newest look, in what is remembered; earlier ones weigh alike at first."""
+
+
+@bodies.register("controller")
+class Controller(AbstractMatrixBody):
+    """Multiplies the step of each matrix by ``exp(pace)``, and turns the pace up or down at every look.
+
+    Gradients that point along the steps of late say that these were too short; gradients against them, that they went
+    too far; and noise hides either. The controller remembers of each matrix its pace r, a moving average of the cosine
+    between gradient and steps, and one of the logarithm of signal against noise, the squared mean gradient over what it
+    would be if the gradients of data points were independent with mean zero. At a look that stands for n steps,
+    ``r <- r + 0.1 n tanh(f)``, where f is a linear function plus a small MLP of these, their means over the model, and
+    sizes. All of it stays as it is when hidden bases are rotated, and under any order of data points. Before any
+    meta-training f is zero.
+
+    Args:
+        width: Hidden channels of the MLP.
+        gradmetanet: None.
+        data_points: Has no effect.
+        share: What the pace is multiplied by, 1 as meta-trained.
+
+    Reference:
+        Baydin et al. (2018), "Online learning rate adaptation with hypergradient descent", arXiv 1703.04782, for the
+        product of gradient and earlier step; McCandlish et al. (2018), arXiv 1812.06162, for signal against noise.
+
+    Example:
+        >>> body = Controller(width=8, gradmetanet=None, data_points=32)
+        >>> sum(parameter.numel() for parameter in body.parameters()), bool(body.output.weight.any())
+        (116, False)
+    """
+
+    memory_per_matrix = 3
+    takes_gradmetanet = False
+
+    def __init__(self, width: int, gradmetanet: GradMetaNetConfig | None, data_points: int, share: float = 1.0) -> None:
+        super().__init__()
+        self.share = share
+        self.linear = nn.Linear(CHANNELS, 1)
+        self.hidden = nn.Linear(CHANNELS, width)
+        self.output = nn.Linear(width, 1, bias=False)
+        for parameter in (*self.linear.parameters(), *self.output.parameters()):
+            nn.init.zeros_(parameter)
+
+    def hold_cosine_at(self, cosine: float) -> None:
+        """Turn the pace up where the mean cosine is above a value, and down where it is below, from now on.
+
+        Where the gradients of data points agree, steps that overshoot a little do no harm, so the value is lower there.
+        """
+        with torch.no_grad():
+            self.linear.weight[0, MEAN_COSINE], self.linear.weight[0, MEAN_RATIO] = PROPORTION, ALLOWANCE
+            self.linear.bias.fill_(-PROPORTION * COSINE_SCALE * cosine)
+
+    def forward(
+        self, turned: Sequence[Coordinates], parameters: Sequence[Tensor], matrices: int, alpha: Tensor
+    ) -> list[MatrixChange]:
+        """Return gains () and memories (3), see :class:`AbstractMatrixBody`."""
+        memories = torch.stack([_look(each) for each in turned])
+        pairs = zip(turned, parameters, strict=True)
+        sizes = torch.stack([_size_features(each, own, matrices, alpha) for each, own in pairs])
+        features = torch.cat([_controls(memories), sizes], dim=-1)
+        outputs = self.linear(features) + self.output(self.hidden(features).relu())
+        gaps = torch.stack([torch.as_tensor(each.gap, dtype=outputs.dtype) for each in turned])
+        change = RATE * gaps * torch.tanh(OUTPUT_SPEED * outputs.squeeze(-1))
+        pace = (memories[:, 0] + change).clamp(SLOWEST, FASTEST)
+        memories = torch.cat([pace.unsqueeze(-1), memories[:, 1:]], dim=-1)
+        return [self._change(memory) for memory in memories.unbind()]
+
+    def hold(self, each: Coordinates) -> MatrixChange:
+        """Return the gain of the newest look; the cosine is followed at every step."""
+        return self._change(_align(each))
+
+    def _change(self, memory: Tensor) -> MatrixChange:
+        """Return what a memory (3) makes of a matrix."""
+        return MatrixChange(torch.expm1(self.share * memory[0]), memory)
+
+
+def _align(each: Coordinates) -> Tensor:
+    """Return a memory (3) whose cosine has followed this step; at the first there is none."""
+    pace, cosine, ratio = each.basis.memory.unbind()
+    now = _cosine(each.own_gradient, each.average)
+    weight = (1 / (each.basis.age - 1).clamp_min(1)).clamp_min(ALIGNMENT_WEIGHT)
+    cosine = torch.lerp(cosine, now, weight)
+    return torch.stack([pace, torch.where(cosine.isfinite(), cosine, 0.0), ratio])
+
+
+def _look(each: Coordinates) -> Tensor:
+    """Return a memory (3) that has followed this step, and the signal against noise of this look."""
+    pace, cosine, ratio = _align(each).unbind()
+    noise = (each.rows.activations.square().sum(-1) * each.rows.backprops.square().sum(-1)).sum()
+    now = _log(each.own_gradient.square().sum()) - _log(noise)
+    weight = torch.where(each.basis.age <= 1, 1.0, (1 / each.basis.age).clamp_min(NOISE_WEIGHT))
+    weight = torch.where((torch.as_tensor(each.gap) > 0) & now.isfinite(), weight, 0.0)
+    return torch.stack([pace, cosine, torch.lerp(ratio, now.nan_to_num(0.0).clamp(-4.0, 6.0), weight)])
+
+
+def _controls(memories: Tensor) -> Tensor:
+    """Return features of memories (n, 3) and of their means (n, 6)."""
+    scaled = memories * memories.new_tensor([0.5, COSINE_SCALE, 0.5])
+    return torch.cat([scaled, scaled.mean(0, keepdim=True).expand_as(scaled)], dim=-1)
+
+
+def _size_features(each: Coordinates, parameters: Tensor, matrices: int, alpha: Tensor) -> Tensor:
+    """Return features of a matrix's sizes (5): sides, number of matrices, weights, and steps of late against them."""
+    outputs, inputs = each.step.shape[-2:]
+    square = parameters.square().mean()
+    sides = [
+        math.log(min(max(n, low), high) / reference)
+        for n, (low, high, reference) in zip((inputs, outputs, matrices), RANGES, strict=True)
+    ]
+    weights = _log(square) + math.log(inputs)
+    moved = 2 * alpha.log() + _log(each.average.square().mean()) - _log(square) + 6.0
+    logs = [square.new_tensor(side) for side in sides]
+    return 0.5 * torch.stack([*logs, weights.clamp(-8.0, 8.0), moved.clamp(-8.0, 8.0)])
+
+
+def _log(squares: Tensor) -> Tensor:
+    """Return the logarithm, finite at zero."""
+    return squares.clamp_min(LEAST_SQUARE).log()
+
+
+def _cosine(one: Tensor, other: Tensor) -> Tensor:
+    """Return the cosine of two tensors as vectors (), 0 where either is zero."""
+    lengths = root(one.square().sum()) * root(other.square().sum())
+    return (one * other).sum() / lengths.clamp_min(LEAST_SQUARE)

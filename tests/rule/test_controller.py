@@ -1,0 +1,122 @@
+"""The controller: what it remembers of a matrix, and when it speeds up or slows down."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from gmn_optim.rule.basis import init_basis
+from gmn_optim.rule.controller import FASTEST, RATE, SLOWEST, Controller
+from gmn_optim.rule.coordinates import Coordinates, TurnedRows
+from gmn_optim.rule.layout import Layout, Segment, build_chunks
+from tests import reference
+
+LAYOUT = Layout(tuple(build_chunks([Segment("0.weight", (4, 3), "0", "weight")], True)))
+(MATRIX,) = LAYOUT.matrices
+ALPHA = torch.tensor(0.01, dtype=torch.float64)
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    """Return a random tensor in float64."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double()
+
+
+def make_body(**weights: float) -> Controller:
+    """Return a body that writes a weighted sum of some of its features and nothing else."""
+    body = Controller(4, None, 0).double().requires_grad_(False)
+    places = {"pace": 0, "cosine": 1, "ratio": 2}
+    for name, weight in weights.items():
+        if name == "bias":
+            body.linear.bias.fill_(weight)
+        else:
+            body.linear.weight[0, places[name]] = weight
+    return body
+
+
+def see(age: int, memory: Tensor, average: Tensor | None = None, gap: float = 1.0, scale: float = 1.0) -> Coordinates:
+    """Return a matrix of seven rows at some age, its gradient along an average of earlier steps or as drawn."""
+    rows = TurnedRows(draw(1, 7, 3, seed=age), scale * draw(1, 7, 4, seed=50 + age))
+    gradient = rows.backprops.mT @ rows.activations
+    basis = init_basis(MATRIX, gradient, memory=3)._replace(age=torch.tensor(float(age)).double(), memory=memory)
+    average = draw(1, 4, 3, seed=99) if average is None else average
+    squares, floor = gradient.square(), torch.tensor(1e-4).double()
+    seen = gradient, gradient.sign(), squares, floor, None, rows, None, gradient, average, torch.tensor(gap).double()
+    return Coordinates(MATRIX, basis, *seen)
+
+
+def look(body: Controller, each: Coordinates) -> tuple[Tensor, Tensor]:
+    """Return gain and memory of one matrix."""
+    ((gain, memory),) = body([each], [draw(1, 4, 3, seed=5)], 2, ALPHA)
+    return gain, memory
+
+
+def test_it_remembers_what_loops_find() -> None:
+    body, memory, seen = make_body(), torch.zeros(3).double(), []
+    for age in range(1, 15):
+        each = see(age, memory, gap=1.0 if age <= 10 else 5.0)
+        memory = look(body, each)[1] if age % 3 else body.hold(each).memory
+        rows = list(zip(each.rows.backprops[0], each.rows.activations[0], strict=True)) if age % 3 else None
+        seen.append((age, each.own_gradient[0], each.average[0], rows))
+    assert memory.tolist() == pytest.approx([0.0, *reference.controller_memory(seen)])
+
+
+@pytest.mark.parametrize("gap", [1.0, 5.0, 0.0])
+def test_a_look_changes_the_pace_by_its_steps_and_no_more(gap: float) -> None:
+    gain, memory = look(make_body(bias=100.0), see(3, torch.zeros(3).double(), gap=gap))
+    assert memory[0].item() == pytest.approx(RATE * gap)
+    assert gain.item() == pytest.approx(math.expm1(RATE * gap))
+
+
+def test_gradients_along_the_steps_of_late_speed_up_and_those_against_them_slow_down() -> None:
+    body, memory = make_body(cosine=1.0), torch.zeros(3).double()
+    gradient = see(4, memory).own_gradient
+    assert look(body, see(4, memory, average=gradient))[0] > 0.05
+    assert look(body, see(4, memory, average=-gradient))[0] < -0.05
+
+
+def test_gradients_that_agree_are_told_from_noise() -> None:
+    body, memory = make_body(ratio=1.0), torch.zeros(3).double()
+    each = see(1, memory)
+    rows = TurnedRows(*(side[:, :1].expand_as(side) for side in each.rows))
+    agreeing = each._replace(rows=rows, own_gradient=rows.backprops.mT @ rows.activations)
+    noisy = each._replace(own_gradient=1e-3 * each.own_gradient)
+    # seven equal gradients: the square of their sum is seven times the sum of their squares
+    assert look(body, agreeing)[1][2].item() == pytest.approx(math.log(7))
+    assert look(body, agreeing)[0] > 0 > look(body, noisy)[0]
+
+
+def test_between_looks_the_pace_holds_and_the_cosine_goes_on() -> None:
+    memory = torch.tensor([0.5, 0.0, 0.25]).double()
+    gain, after = make_body(bias=1.0).hold(see(7, memory))
+    assert gain.item() == pytest.approx(math.expm1(0.5))
+    assert after[1] != 0 and after[[0, 2]].tolist() == [0.5, 0.25]
+
+
+@pytest.mark.parametrize(("bias", "bound"), [(100.0, FASTEST), (-100.0, SLOWEST)])
+def test_the_pace_has_bounds(bias: float, bound: float) -> None:
+    memory = torch.zeros(3).double()
+    for age in range(1, 60):
+        memory = look(make_body(bias=bias), see(age, memory))[1]
+    assert memory[0].item() == bound
+
+
+def test_without_meta_training_the_nominal_step_stays() -> None:
+    gain, memory = look(Controller(4, None, 0).double(), see(1, torch.zeros(3).double()))
+    assert gain.item() == 0 and memory[0].item() == 0
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e9])
+def test_the_scale_of_the_loss_is_immaterial(scale: float) -> None:
+    body = make_body(cosine=0.3, ratio=0.2, bias=0.1)
+    found, wanted = (look(body, see(2, torch.zeros(3).double(), scale=each)) for each in (scale, 1.0))
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_factors_that_are_not_finite_are_forgotten(bad: float) -> None:
+    body, memory = make_body(cosine=0.3, ratio=0.2), torch.zeros(3).double()
+    each = see(2, memory)
+    rows = TurnedRows(each.rows.activations * bad, each.rows.backprops)
+    gain, memory = look(body, each._replace(rows=rows, own_gradient=each.own_gradient * bad))
+    assert memory.isfinite().all() and gain.isfinite()
