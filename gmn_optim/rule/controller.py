@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from gmn_optim.nn.gradmetanet import GradMetaNetConfig
 from gmn_optim.rule.body import AbstractMatrixBody, MatrixChange, bodies
 from gmn_optim.rule.coordinates import Coordinates
-from gmn_optim.rule.features import root
+from gmn_optim.rule.features import root, sum_of_products
 from gmn_optim.rule.nominal import LEAST_SQUARE
 
 CHANNELS = 11
@@ -123,7 +123,7 @@ def _look(each: Coordinates) -> Tensor:
     """Return a memory (3) that has followed this step, and the signal against noise of this look."""
     pace, cosine, ratio = _align(each).unbind()
     noise = (each.rows.activations.square().sum(-1) * each.rows.backprops.square().sum(-1)).sum()
-    now = _log(each.own_gradient.square().sum()) - _log(noise)
+    now = _log(sum_of_products([each.own_gradient], [each.own_gradient])) - _log(noise)
     weight = torch.where(each.basis.age <= 1, 1.0, (1 / each.basis.age).clamp_min(NOISE_WEIGHT))
     weight = torch.where((torch.as_tensor(each.gap) > 0) & now.isfinite(), weight, 0.0)
     return torch.stack([pace, cosine, torch.lerp(ratio, now.nan_to_num(0.0).clamp(-4.0, 6.0), weight)])
@@ -156,5 +156,5 @@ def _log(squares: Tensor) -> Tensor:
 
 def _cosine(one: Tensor, other: Tensor) -> Tensor:
     """Return the cosine of two tensors as vectors (), 0 where either is zero."""
-    lengths = root(one.square().sum()) * root(other.square().sum())
-    return (one * other).sum() / lengths.clamp_min(LEAST_SQUARE)
+    lengths = root(sum_of_products([one], [one])) * root(sum_of_products([other], [other]))
+    return sum_of_products([one], [other]) / lengths.clamp_min(LEAST_SQUARE)

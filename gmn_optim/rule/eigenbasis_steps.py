@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gmn_optim.rule.body import AbstractMatrixBody, MatrixChange
 from gmn_optim.rule.coordinates import Coordinates
-from gmn_optim.rule.features import root
+from gmn_optim.rule.features import root, sum_of_products
 from gmn_optim.rule.layout import Chunk, Layout
 from gmn_optim.rule.matrices import Matrix
 from gmn_optim.rule.nominal import ChangedStep
@@ -72,7 +72,7 @@ class EigenbasisSteps:
 
     def _nothing(self, each: Coordinates) -> MatrixChange:
         """Return what leaves a matrix to the nominal term."""
-        return MatrixChange(torch.zeros_like(each.step), torch.zeros_like(each.basis.memory))
+        return MatrixChange(each.step.new_zeros(()), torch.zeros_like(each.basis.memory))
 
     def guarded(self, number: int, chunk: Chunk, like: Tensor) -> Tensor:
         """Return whether the learned step was replaced, for each segment of chunk ``number`` (segments)."""
@@ -87,12 +87,16 @@ class EigenbasisSteps:
         """Return the changed step of a matrix, or its nominal one."""
         if not self.layout.chunks[each.matrix.place.chunk].learned:
             return ChangedStep(each.step, gain, memory)
-        changed = each.step * (1 + gain)
-        size = root(each.matrix.gather(self.pieces).square().mean()) + self.floor
-        length = self.alpha * root(changed.square().nan_to_num(nan=torch.inf).mean())
+        size = root(self._mean_square(each.matrix)) + self.floor
+        length = self.alpha * root(_mean_square_of_changed(each.step, gain).nan_to_num(nan=torch.inf))
         fits = (length <= self.limit * size) & self._is_known.to(size.device)
         self._note(each.matrix, ~fits)
-        return ChangedStep(torch.where(fits, changed, each.step), gain, memory)
+        return ChangedStep(each.step * (1 + torch.where(fits, gain, 0.0)), gain, memory)
+
+    def _mean_square(self, matrix: Matrix) -> Tensor:
+        """Return the mean square of a matrix's parameters ()."""
+        parts = [self.pieces[part.chunk][part.segment] for part in (matrix.place, matrix.bias) if part is not None]
+        return sum_of_products(parts, parts) / sum(len(part) for part in parts)
 
     def _knows(self, turned: Sequence[Coordinates]) -> Tensor:
         """Return whether every matrix began with large enough weights, or with zeros ()."""
@@ -107,3 +111,11 @@ class EigenbasisSteps:
         for part in (matrix.place, matrix.bias):
             if part is not None:
                 self._guarded[part] = guarded
+
+
+def _mean_square_of_changed(step: Tensor, gain: Tensor) -> Tensor:
+    """Return the mean square of a step with its gain ()."""
+    if gain.dim():
+        changed = step * (1 + gain)
+        return sum_of_products([changed], [changed]) / step.numel()
+    return (1 + gain).square() * sum_of_products([step], [step]) / step.numel()

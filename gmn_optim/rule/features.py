@@ -1,5 +1,7 @@
 """Features of a parameter that the learned term reads: all scale-free."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,17 @@ TIME_SCALES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4, 3e4, 1e5)
 
 TINY = 1e-18
 """Root mean squares below this count as zero; far below any useful gradient, above underflow of squares."""
+
+
+def sum_of_products(ones: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+    """Return the inner product of two lists of tensors () without a tensor of products.
+
+    Example:
+        >>> sum_of_products([torch.tensor([[1.0, 2.0]])], [torch.tensor([[3.0, 4.0]])])
+        tensor(11.)
+    """
+    products = [torch.dot(one.reshape(-1), other.reshape(-1)) for one, other in zip(ones, others, strict=True)]
+    return products[0] if len(products) == 1 else torch.stack(products).sum()
 
 
 def root(squares: Tensor) -> Tensor:
