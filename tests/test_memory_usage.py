@@ -32,6 +32,7 @@ STATES = {
     "scheduled": (2 + DECAYS) * PARAMETERS + ROWS * NEURONS * 2 * DECAYS + 2,
     "eigenbasis": 4 * PARAMETERS + 1 + BASES,
     "eigenbasis+gmn": 4 * PARAMETERS + 1 + BASES,
+    "controller": 2 * PARAMETERS + 1 + BASES + 3 * 3,
 }
 
 

@@ -257,7 +257,7 @@ def test_equal_runs_are_equal_bit_by_bit(make_model, batches, arm) -> None:
     if (
         arm in WITH_FACTORS or arm in IN_EIGENBASIS
     ):  # the seed moves the scale that the probe measures by a rounding error
-        assert_same(model, twin, rtol=1e-3, atol=1e-4)
+        assert_same(model, twin, rtol=1e-3, atol=5e-4)
     else:
         assert_same(model, twin)
 
