@@ -422,7 +422,7 @@ ESTIMATORS: dict[str, EstimatorCase] = {
 }
 
 WEIGHTS: dict[str, str] = {
-    "family-default.eigenbasis": "kronecker_schedule_free+eigenbasis",
+    "family-default.controller": "kronecker_schedule_free+controller",
     "fashion-mnist-mlp.adam-gmn": "adam+ds+gmn",
     "fashion-mnist-mlp.momentum-ds": "momentum+ds",
     "fashion-mnist-mlp.momentum-gmn": "momentum+ds+gmn",

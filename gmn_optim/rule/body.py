@@ -68,6 +68,9 @@ class AbstractMatrixBody(nn.Module, ABC):
             alpha: Step size ().
         """
 
+    def set_up(self, setpoint: float, largest_pace: float) -> None:
+        """Take what a configuration says of controllers; others have nothing to set up."""
+
     @abstractmethod
     def hold(self, each: Coordinates) -> MatrixChange:
         """Return what is made of a matrix between two looks."""

@@ -33,6 +33,7 @@ class RuleConfig:
         beta: Initial weight of the learned term.
         setpoint: A controller starts as one that holds the mean cosine between gradients and steps of late at minus
             this; 0 to start as the nominal term.
+        largest_pace: A controller multiplies steps by the exponential of this at most.
         share: What a body in the eigenbasis writes is multiplied by it: 1 as meta-trained, 0 for the nominal term.
         least_size: A body in the eigenbasis leaves a model to the nominal term if one of its matrices is smaller at
             first (root mean square against torch's initialization, zeros excepted); 0 to serve all.
@@ -61,6 +62,7 @@ class RuleConfig:
     alpha: float | None = None
     beta: float = 0.001
     setpoint: float = 0.0
+    largest_pace: float = 0.8
     share: float = 1.0
     least_size: float = 0.0
     guard: float = 1.0
@@ -79,6 +81,12 @@ class RuleConfig:
                 ("depth", self.depth, is_count(self.depth, 64), "whole, 1 to 64"),
                 ("alpha", self.alpha, self.alpha is None or _is_positive(self.alpha), "positive, at most 1e6"),
                 ("beta", self.beta, _is_positive(self.beta), "positive, at most 1e6"),
+                (
+                    "largest_pace",
+                    self.largest_pace,
+                    _is_positive(self.largest_pace) and self.largest_pace <= 5,
+                    "positive, at most 5",
+                ),
                 (
                     "setpoint",
                     self.setpoint,

@@ -23,8 +23,8 @@ PROPORTION, ALLOWANCE = 0.3, 0.05
 RATE = 0.1
 """The pace, a logarithm, changes by at most so much for each step."""
 
-SLOWEST, FASTEST = -1.0, 0.8
-"""Bounds of the pace: steps are between 0.37 and 2.2 times the nominal ones, whatever happens."""
+LEAST_PACE = -1.0
+"""Bound of the pace: steps are at least 0.37 times the nominal ones."""
 
 RANGES = (8, 256, 64), (8, 256, 32), (1, 8, 2)
 """Least and largest inputs, outputs and number of matrices that meta-training sees, beyond which a number counts as
@@ -70,21 +70,23 @@ class Controller(AbstractMatrixBody):
 
     def __init__(self, width: int, gradmetanet: GradMetaNetConfig | None, data_points: int, share: float = 1.0) -> None:
         super().__init__()
-        self.share = share
+        self.share, self.largest_pace = share, 0.8
         self.linear = nn.Linear(CHANNELS, 1)
         self.hidden = nn.Linear(CHANNELS, width)
         self.output = nn.Linear(width, 1, bias=False)
         for parameter in (*self.linear.parameters(), *self.output.parameters()):
             nn.init.zeros_(parameter)
 
-    def hold_cosine_at(self, cosine: float) -> None:
-        """Turn the pace up where the mean cosine is above a value, and down where it is below, from now on.
+    def set_up(self, setpoint: float, largest_pace: float) -> None:
+        """Bound the pace and, with a setpoint, hold the mean cosine at minus that: faster above it, slower below.
 
         Where the gradients of data points agree, steps that overshoot a little do no harm, so the value is lower there.
         """
-        with torch.no_grad():
-            self.linear.weight[0, MEAN_COSINE], self.linear.weight[0, MEAN_RATIO] = PROPORTION, ALLOWANCE
-            self.linear.bias.fill_(-PROPORTION * COSINE_SCALE * cosine)
+        self.largest_pace = largest_pace
+        if setpoint:
+            with torch.no_grad():
+                self.linear.weight[0, MEAN_COSINE], self.linear.weight[0, MEAN_RATIO] = PROPORTION, ALLOWANCE
+                self.linear.bias.fill_(PROPORTION * COSINE_SCALE * setpoint)
 
     def forward(
         self, turned: Sequence[Coordinates], parameters: Sequence[Tensor], matrices: int, alpha: Tensor
@@ -97,7 +99,7 @@ class Controller(AbstractMatrixBody):
         outputs = self.linear(features) + self.output(self.hidden(features).relu())
         gaps = torch.stack([torch.as_tensor(each.gap, dtype=outputs.dtype) for each in turned])
         change = RATE * gaps * torch.tanh(OUTPUT_SPEED * outputs.squeeze(-1))
-        pace = (memories[:, 0] + change).clamp(SLOWEST, FASTEST)
+        pace = (memories[:, 0] + change).clamp(LEAST_PACE, self.largest_pace)
         memories = torch.cat([pace.unsqueeze(-1), memories[:, 1:]], dim=-1)
         return [self._change(memory) for memory in memories.unbind()]
 

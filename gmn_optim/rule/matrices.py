@@ -10,8 +10,7 @@ from torch import Tensor
 from gmn_optim.rule.segments import Segment
 
 LONGEST_SIDE = 8192
-"""A longer side gets no basis: on one core, a training step with layers so wide takes twenty times as long as Adam's
-(at 2,048 thirty-five times, at 256 ten times)."""
+"""A longer side gets no basis."""
 
 
 class Part(NamedTuple):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gmn_optim.rule.basis import init_basis
-from gmn_optim.rule.controller import FASTEST, RATE, SLOWEST, Controller
+from gmn_optim.rule.controller import LEAST_PACE, RATE, Controller
 from gmn_optim.rule.coordinates import Coordinates, TurnedRows
 from gmn_optim.rule.layout import Layout, Segment, build_chunks
 from tests import reference
@@ -93,11 +93,12 @@ def test_between_looks_the_pace_holds_and_the_cosine_goes_on() -> None:
     assert after[1] != 0 and after[[0, 2]].tolist() == [0.5, 0.25]
 
 
-@pytest.mark.parametrize(("bias", "bound"), [(100.0, FASTEST), (-100.0, SLOWEST)])
+@pytest.mark.parametrize(("bias", "bound"), [(100.0, 0.4), (-100.0, LEAST_PACE)])
 def test_the_pace_has_bounds(bias: float, bound: float) -> None:
-    memory = torch.zeros(3).double()
+    body, memory = make_body(bias=bias), torch.zeros(3).double()
+    body.set_up(0.0, largest_pace=0.4)
     for age in range(1, 60):
-        memory = look(make_body(bias=bias), see(age, memory))[1]
+        memory = look(body, see(age, memory))[1]
     assert memory[0].item() == bound
 
 
@@ -120,3 +121,13 @@ def test_factors_that_are_not_finite_are_forgotten(bad: float) -> None:
     rows = TurnedRows(each.rows.activations * bad, each.rows.backprops)
     gain, memory = look(body, each._replace(rows=rows, own_gradient=each.own_gradient * bad))
     assert memory.isfinite().all() and gain.isfinite()
+
+
+def test_with_a_setpoint_it_holds_the_cosine_there() -> None:
+    body = Controller(4, None, 0).double()
+    body.set_up(0.02, largest_pace=0.8)
+    memory = torch.tensor([0.0, -0.02, 0.0]).double()
+    each = see(9, memory, average=torch.zeros(1, 4, 3).double())
+    ((_, above),) = body([each._replace(basis=each.basis._replace(memory=memory + 0.05))], [draw(1, 4, 3)], 2, ALPHA)
+    ((_, below),) = body([each._replace(basis=each.basis._replace(memory=memory - 0.05))], [draw(1, 4, 3)], 2, ALPHA)
+    assert above[0] > 0.05 and below[0] < -0.05
