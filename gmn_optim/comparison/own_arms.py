@@ -15,7 +15,7 @@ from gmn_optim.weights import load_weights
 KRONECKER_LRS = geometric_grid(3.2e-4, 3.2e-2)
 
 
-@register("gmn", lrs=(1.0,), remark="not tuned; meta-trained on the family default")
+@register("gmn", lrs=(1.0,), remark="not tuned; chosen on validation tasks of the family default")
 def make_gmn(model: nn.Module, lr: float, total_steps: int) -> torch.optim.Optimizer:
     """Return GMNOptimizer with the default weights; its grid is lr=1.0 alone: it runs untuned."""
     return GMNOptimizer(model, lr=lr)
