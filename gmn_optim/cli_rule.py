@@ -42,6 +42,9 @@ def add_rule_options(group: Any) -> None:
         help="steps between two looks of a nominal term with bases at the factors",
     )
     group.add_argument("--setpoint", type=float, default=default.setpoint, help="what a controller starts from")
+    group.add_argument(
+        "--largest-pace", type=float, default=default.largest_pace, help="logarithm of a controller's largest factor"
+    )
     group.add_argument("--beta", type=float, default=default.beta, help="initial weight of the learned term")
 
 
@@ -70,4 +73,5 @@ def read_rule_options(options: argparse.Namespace) -> RuleConfig:
         beta=options.beta,
         follow_every=options.follow_every,
         setpoint=options.setpoint,
+        largest_pace=options.largest_pace,
     )

@@ -27,7 +27,7 @@ class Weights(NamedTuple):
 
     Example:
         >>> load_weights("default").rule.config.arm
-        'kronecker_schedule_free+eigenbasis'
+        'kronecker_schedule_free+controller'
     """
 
     rule: UpdateRule

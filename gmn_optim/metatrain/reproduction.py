@@ -24,7 +24,7 @@ _HIDDEN = ("staggered", "betas", "evaluation_seeds")
 
 
 def record_reproduction(folder: Path, settings: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return the command line of a run, how often its rule looked, and losses and norms of its first outer steps.
+    """Return the command line of a run, its rule as it was trained, and losses and norms of its first outer steps.
 
     Args:
         folder: Of a run over a family.
@@ -32,8 +32,8 @@ def record_reproduction(folder: Path, settings: Mapping[str, Any], name: str) ->
         name: Of the weights; the command line makes a folder of that name.
     """
     command = command_line(settings, f"runs/{name}")
-    follow_every = RuleConfig.from_dict(settings["rule"]).follow_every
-    return {"command": command, "follow_every": follow_every, **read_first_steps(folder, RECORDED_STEPS)}
+    rule = RuleConfig.from_dict(settings["rule"]).to_dict()
+    return {"command": command, "rule": rule, **read_first_steps(folder, RECORDED_STEPS)}
 
 
 def read_first_steps(folder: Path, last: int) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def _has_no_options(rule: RuleConfig, trainer: Mapping[str, Any]) -> bool:
     hidden = [name for name in vars(plain) if name not in own] if net else []
     return (
         any(_as_list(trainer[name]) != _as_list(getattr(default, name)) for name in _HIDDEN)
-        or rule.guard != RuleConfig().guard
+        or any(getattr(rule, name) != getattr(RuleConfig(), name) for name in ("guard", "share", "least_size"))
         or any(getattr(net, name) != getattr(plain, name) for name in hidden)
     )
 
@@ -93,7 +93,7 @@ def _rule_words(rule: RuleConfig) -> list[str]:
     """Return the options of a rule."""
     arm = "nominal" if rule.body is None else rule.body + ("+gmn" if rule.gradmetanet else "")
     words = ["--arm", arm, "--nominal", rule.nominal, "--memory", rule.memory]
-    names = ("data_points", "width", "depth", "decay", "beta", "follow_every")
+    names = ("data_points", "width", "depth", "decay", "beta", "follow_every", "setpoint", "largest_pace")
     for name in (*names, *(["alpha"] if rule.alpha is not None else [])):
         words += [_option(name), str(getattr(rule, name))]
     if net := rule.gradmetanet:

@@ -3,7 +3,7 @@
 import math
 import tempfile
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,10 +132,8 @@ def trainer_config(card: WeightsCard) -> FamilyConfig:
 def _retrain(card: WeightsCard, folder: Path, steps: int, progress: bool) -> None:
     """Take the first outer steps of a card's run."""
     config = trainer_config(card)
-    # all three may be chosen after meta-training
-    follow_every = card.reproduction.get("follow_every", 1)
-    trained = replace(RuleConfig.from_dict(card.rule), share=1.0, least_size=0.0, follow_every=follow_every)
-    rule = build_rule(trained, seed=config.seed)
+    # the card's own rule may hold what was chosen after meta-training
+    rule = build_rule(RuleConfig.from_dict(card.reproduction["rule"]), seed=config.seed)
     trainer = FamilyTrainer(families[card.family](), rule, config, folder)
     trainer.run(steps, progress=progress)
 

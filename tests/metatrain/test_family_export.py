@@ -117,6 +117,7 @@ def test_a_run_that_was_not_validated_is_not_exported(tmp_path):
         RuleConfig(nominal="adam", body=None, alpha=0.004),
         RuleConfig(nominal="adam", gated=True, scheduled=True, decay=1.0, memory="moments", beta=0.1),
         RuleConfig(nominal="kronecker_adam", body="eigenbasis", gradmetanet=GradMetaNetConfig(width=8, set_layers=3)),
+        RuleConfig(nominal="kronecker_adam", body="controller", setpoint=0.012, largest_pace=0.5, follow_every=3),
         RuleConfig(gradmetanet=GradMetaNetConfig(width=4, neuron_layers=2, neuron_numbers=False), width=5, depth=2),
     ],
 )
@@ -137,6 +138,8 @@ def test_the_command_line_gives_back_the_settings(rule, trainer):
         ({}, {"betas": (0.5, 0.9)}),
         ({}, {"staggered": False}),
         ({"guard": 2.0}, {}),
+        ({"nominal": "kronecker_adam", "body": "eigenbasis", "share": 0.5}, {}),
+        ({"nominal": "kronecker_adam", "body": "eigenbasis", "least_size": 0.5}, {}),
         ({"gradmetanet": GradMetaNetConfig(reduction="sum")}, {}),
     ],
 )
@@ -149,6 +152,11 @@ def test_exported_weights_replay_and_their_first_outer_steps_come_out_again(weig
     rows = verify_replay(weights) + verify_outer_steps(weights.card, 6)
     assert len(rows) == 20 + 6 + 6 + 2 and all(row.matches for row in rows)
     assert max(row.deviation for row in rows) < 1e-5
+
+
+def test_what_was_chosen_after_meta_training_does_not_reach_the_verification(weights):
+    card = replace(weights.card, rule={**weights.card.rule, "largest_pace": 0.1, "follow_every": 7, "setpoint": 0.0})
+    assert all(row.matches for row in verify_outer_steps(card, 2))
 
 
 def test_norms_that_a_paused_run_kept_besides_are_left_out(tmp_path):
