@@ -11,7 +11,7 @@ from gmn_optim.cli_meta_train import _chosen
 from gmn_optim.cli_rule import read_rule_options
 from gmn_optim.errors import CheckpointError, InvalidArgumentError, WeightsError
 from gmn_optim.metatrain import FamilyConfig, family_export
-from gmn_optim.metatrain.choice import choose_summary, read_summaries
+from gmn_optim.metatrain.choice import as_used, choose_summary, read_summaries
 from gmn_optim.metatrain.export_run import export_run
 from gmn_optim.metatrain.family_evaluation import Protocol
 from gmn_optim.metatrain.log import append_line
@@ -234,4 +234,4 @@ def test_exporting_the_same_rule_twice_gives_the_same_files(run_folder, tmp_path
         export_run(run_folder, "tiny", tmp_path / out)
     for name in ("tiny.safetensors", "tiny.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    assert RULE == load_weights(tmp_path / "a" / "tiny.safetensors").rule.config
+    assert as_used(RULE, 1.0) == load_weights(tmp_path / "a" / "tiny.safetensors").rule.config
