@@ -72,8 +72,8 @@ class AbstractMatrixBody(nn.Module, ABC):
         """Take what a configuration says of controllers; others have nothing to set up."""
 
     @abstractmethod
-    def hold(self, each: Coordinates) -> MatrixChange:
-        """Return what is made of a matrix between two looks."""
+    def hold(self, turned: Sequence[Coordinates]) -> list[MatrixChange]:
+        """Return what is made of each matrix between two looks."""
 
 
 @bodies.register("ds")

@@ -92,43 +92,59 @@ class Controller(AbstractMatrixBody):
         self, turned: Sequence[Coordinates], parameters: Sequence[Tensor], matrices: int, alpha: Tensor
     ) -> list[MatrixChange]:
         """Return gains () and memories (3), see :class:`AbstractMatrixBody`."""
-        memories = torch.stack([_look(each) for each in turned])
+        memories = _look(turned)
         pairs = zip(turned, parameters, strict=True)
         sizes = torch.stack([_size_features(each, own, matrices, alpha) for each, own in pairs])
         features = torch.cat([_controls(memories), sizes], dim=-1)
         outputs = self.linear(features) + self.output(self.hidden(features).relu())
-        gaps = torch.stack([torch.as_tensor(each.gap, dtype=outputs.dtype) for each in turned])
-        change = RATE * gaps * torch.tanh(OUTPUT_SPEED * outputs.squeeze(-1))
+        change = RATE * _gaps(turned, outputs) * torch.tanh(OUTPUT_SPEED * outputs.squeeze(-1))
         pace = (memories[:, 0] + change).clamp(LEAST_PACE, self.largest_pace)
-        memories = torch.cat([pace.unsqueeze(-1), memories[:, 1:]], dim=-1)
-        return [self._change(memory) for memory in memories.unbind()]
+        return self._changes(torch.cat([pace.unsqueeze(-1), memories[:, 1:]], dim=-1))
 
-    def hold(self, each: Coordinates) -> MatrixChange:
-        """Return the gain of the newest look; the cosine is followed at every step."""
-        return self._change(_align(each))
+    def hold(self, turned: Sequence[Coordinates]) -> list[MatrixChange]:
+        """Return the gains of the newest look; cosines are followed at every step."""
+        return self._changes(_align(turned))
 
-    def _change(self, memory: Tensor) -> MatrixChange:
-        """Return what a memory (3) makes of a matrix."""
-        return MatrixChange(torch.expm1(self.share * memory[0]), memory)
+    def _changes(self, memories: Tensor) -> list[MatrixChange]:
+        """Return what memories (n, 3) make of their matrices."""
+        gains = torch.expm1(self.share * memories[:, 0])
+        return [MatrixChange(*each) for each in zip(gains.unbind(), memories.unbind(), strict=True)]
 
 
-def _align(each: Coordinates) -> Tensor:
-    """Return a memory (3) whose cosine has followed this step; at the first there is none."""
-    pace, cosine, ratio = each.basis.memory.unbind()
-    now = _cosine(each.own_gradient, each.average)
-    weight = (1 / (each.basis.age - 1).clamp_min(1)).clamp_min(ALIGNMENT_WEIGHT)
+def _align(turned: Sequence[Coordinates]) -> Tensor:
+    """Return memories (n, 3) whose cosines have followed this step; at the first there is none."""
+    pace, cosine, ratio = torch.stack([each.basis.memory for each in turned]).unbind(-1)
+    now = _cosines([each.own_gradient for each in turned], [each.average for each in turned])
+    weight = (1 / (_ages(turned) - 1).clamp_min(1)).clamp_min(ALIGNMENT_WEIGHT)
     cosine = torch.lerp(cosine, now, weight)
-    return torch.stack([pace, torch.where(cosine.isfinite(), cosine, 0.0), ratio])
+    return torch.stack([pace, torch.where(cosine.isfinite(), cosine, 0.0), ratio], dim=-1)
 
 
-def _look(each: Coordinates) -> Tensor:
-    """Return a memory (3) that has followed this step, and the signal against noise of this look."""
-    pace, cosine, ratio = _align(each).unbind()
-    noise = (each.rows.activations.square().sum(-1) * each.rows.backprops.square().sum(-1)).sum()
-    now = _log(sum_of_products([each.own_gradient], [each.own_gradient])) - _log(noise)
-    weight = torch.where(each.basis.age <= 1, 1.0, (1 / each.basis.age).clamp_min(NOISE_WEIGHT))
-    weight = torch.where((torch.as_tensor(each.gap) > 0) & now.isfinite(), weight, 0.0)
-    return torch.stack([pace, cosine, torch.lerp(ratio, now.nan_to_num(0.0).clamp(-4.0, 6.0), weight)])
+def _look(turned: Sequence[Coordinates]) -> Tensor:
+    """Return memories (n, 3) that have followed this step, and the signal against noise of this look."""
+    pace, cosine, ratio = _align(turned).unbind(-1)
+    signal, ages = torch.stack([_square(each.own_gradient) for each in turned]), _ages(turned)
+    noise = torch.stack([_noise(each) for each in turned])
+    now = _log(signal) - _log(noise)
+    weight = torch.where(ages <= 1, 1.0, (1 / ages).clamp_min(NOISE_WEIGHT))
+    weight = torch.where((_gaps(turned, now) > 0) & now.isfinite(), weight, 0.0)
+    ratio = torch.lerp(ratio, now.nan_to_num(0.0).clamp(-4.0, 6.0), weight)
+    return torch.stack([pace, cosine, ratio], dim=-1)
+
+
+def _ages(turned: Sequence[Coordinates]) -> Tensor:
+    """Return the ages of the bases (n)."""
+    return torch.stack([each.basis.age for each in turned])
+
+
+def _gaps(turned: Sequence[Coordinates], like: Tensor) -> Tensor:
+    """Return how many steps this look stands for (n)."""
+    return torch.stack([torch.as_tensor(each.gap, dtype=like.dtype, device=like.device) for each in turned])
+
+
+def _noise(each: Coordinates) -> Tensor:
+    """Return the sum over rows of squared gradients ()."""
+    return (each.rows.activations.square().sum(-1) * each.rows.backprops.square().sum(-1)).sum()
 
 
 def _controls(memories: Tensor) -> Tensor:
@@ -156,7 +172,13 @@ def _log(squares: Tensor) -> Tensor:
     return squares.clamp_min(LEAST_SQUARE).log()
 
 
-def _cosine(one: Tensor, other: Tensor) -> Tensor:
-    """Return the cosine of two tensors as vectors (), 0 where either is zero."""
-    lengths = root(sum_of_products([one], [one])) * root(sum_of_products([other], [other]))
-    return sum_of_products([one], [other]) / lengths.clamp_min(LEAST_SQUARE)
+def _cosines(ones: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+    """Return the cosines of pairs of tensors as vectors (n), 0 where either is zero."""
+    products = torch.stack([sum_of_products([one], [other]) for one, other in zip(ones, others, strict=True)])
+    squares = [torch.stack([_square(each) for each in side]) for side in (ones, others)]
+    return products / (root(squares[0]) * root(squares[1])).clamp_min(LEAST_SQUARE)
+
+
+def _square(values: Tensor) -> Tensor:
+    """Return the squared length of a tensor as a vector ()."""
+    return sum_of_products([values], [values])

@@ -72,9 +72,9 @@ class EigenbasisBody(AbstractMatrixBody):
             for each, own, sides in zip(turned, parameters, around, strict=True)
         ]
 
-    def hold(self, each: Coordinates) -> MatrixChange:
-        """Return the gain of the newest look."""
-        return MatrixChange(each.gain, each.basis.memory)
+    def hold(self, turned: Sequence[Coordinates]) -> list[MatrixChange]:
+        """Return the gains of the newest look."""
+        return [MatrixChange(each.gain, each.basis.memory) for each in turned]
 
     def _around(self, turned: Sequence[Coordinates]) -> list["_Around | None"]:
         """Return what GradMetaNet makes of the eigenvectors on either side of each matrix."""

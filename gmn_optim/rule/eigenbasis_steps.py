@@ -55,8 +55,15 @@ class EigenbasisSteps:
             turned: All matrices.
             follow: Whether the body looks anew; otherwise gains are those of its last look.
         """
-        changes = self._look(turned) if follow else [self.body.hold(each) for each in turned]
-        return [self._guard(each, *change) for each, change in zip(turned, changes, strict=True)]
+        if not turned:
+            return []
+        changes = self._look(turned) if follow else self.body.hold(turned)
+        learned = [number for number, each in enumerate(turned) if self._is_learned(each)]
+        allowed = self._guard([turned[n] for n in learned], [changes[n].gain for n in learned])
+        steps = [each.step for each in turned]
+        for number, gain in zip(learned, allowed, strict=True):
+            steps[number] = steps[number] * (1 + gain)
+        return [ChangedStep(step, *change) for step, change in zip(steps, changes, strict=True)]
 
     def _look(self, turned: Sequence[Coordinates]) -> list[MatrixChange]:
         """Return what the body makes of all matrices, nothing where the learned term does not serve."""
@@ -79,24 +86,34 @@ class EigenbasisSteps:
         none = torch.zeros((), dtype=torch.bool, device=like.device)
         return torch.stack([self._guarded.get((number, place), none) for place in range(len(chunk.segments))])
 
+    def _is_learned(self, each: Coordinates) -> bool:
+        """Return whether a matrix is one of those that the learned term may serve."""
+        return self.layout.chunks[each.matrix.place.chunk].learned
+
     def _serves(self, each: Coordinates) -> bool:
         """Return whether the learned term serves a matrix."""
-        return each.rows is not None and each.matrix.has_basis and self.layout.chunks[each.matrix.place.chunk].learned
+        return each.rows is not None and each.matrix.has_basis and self._is_learned(each)
 
-    def _guard(self, each: Coordinates, gain: Tensor, memory: Tensor) -> ChangedStep:
-        """Return the changed step of a matrix, or its nominal one."""
-        if not self.layout.chunks[each.matrix.place.chunk].learned:
-            return ChangedStep(each.step, gain, memory)
-        size = root(self._mean_square(each.matrix)) + self.floor
-        length = self.alpha * root(_mean_square_of_changed(each.step, gain).nan_to_num(nan=torch.inf))
-        fits = (length <= self.limit * size) & self._is_known.to(size.device)
-        self._note(each.matrix, ~fits)
-        return ChangedStep(each.step * (1 + torch.where(fits, gain, 0.0)), gain, memory)
+    def _guard(self, turned: Sequence[Coordinates], gains: Sequence[Tensor]) -> list[Tensor]:
+        """Return the gains, 0 where the step with it is too large, and remember where that is so."""
+        if not turned:
+            return []
+        sizes = root(self._mean_squares([each.matrix for each in turned])) + self.floor
+        lengths = self.alpha * root(_mean_squares_of_changed(turned, gains).nan_to_num(nan=torch.inf))
+        fits = (lengths <= self.limit * sizes) & self._is_known.to(sizes.device)
+        for each, guarded in zip(turned, (~fits).unbind(), strict=True):
+            self._note(each.matrix, guarded)
+        return [torch.where(fit, gain, 0.0) for fit, gain in zip(fits.unbind(), gains, strict=True)]
 
-    def _mean_square(self, matrix: Matrix) -> Tensor:
-        """Return the mean square of a matrix's parameters ()."""
-        parts = [self.pieces[part.chunk][part.segment] for part in (matrix.place, matrix.bias) if part is not None]
-        return sum_of_products(parts, parts) / sum(len(part) for part in parts)
+    def _mean_squares(self, matrices: Sequence[Matrix]) -> Tensor:
+        """Return the mean square of the parameters of each matrix (n)."""
+        squares, counts = [], []
+        for matrix in matrices:
+            parts = [self.pieces[part.chunk][part.segment] for part in (matrix.place, matrix.bias) if part is not None]
+            squares.append(sum_of_products(parts, parts))
+            counts.append(sum(len(part) for part in parts))
+        found = torch.stack(squares)
+        return found / found.new_tensor(counts)
 
     def _knows(self, turned: Sequence[Coordinates]) -> Tensor:
         """Return whether every matrix began with large enough weights, or with zeros ()."""
@@ -113,9 +130,12 @@ class EigenbasisSteps:
                 self._guarded[part] = guarded
 
 
-def _mean_square_of_changed(step: Tensor, gain: Tensor) -> Tensor:
-    """Return the mean square of a step with its gain ()."""
-    if gain.dim():
-        changed = step * (1 + gain)
-        return sum_of_products([changed], [changed]) / step.numel()
-    return (1 + gain).square() * sum_of_products([step], [step]) / step.numel()
+def _mean_squares_of_changed(turned: Sequence[Coordinates], gains: Sequence[Tensor]) -> Tensor:
+    """Return the mean square of each step with its gain (n)."""
+    # one gain for all coordinates needs no tensor of changed ones
+    changed = [each.step * (1 + gain) if gain.dim() else each.step for each, gain in zip(turned, gains, strict=True)]
+    squares = torch.stack([sum_of_products([each], [each]) for each in changed])
+    factors = 1 + torch.stack(
+        [torch.zeros_like(own) if gain.dim() else gain for own, gain in zip(squares, gains, strict=True)]
+    )
+    return factors.square() * squares / squares.new_tensor([each.numel() for each in changed])

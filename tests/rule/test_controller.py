@@ -55,7 +55,7 @@ def test_it_remembers_what_loops_find() -> None:
     body, memory, seen = make_body(), torch.zeros(3).double(), []
     for age in range(1, 15):
         each = see(age, memory, gap=1.0 if age <= 10 else 5.0)
-        memory = look(body, each)[1] if age % 3 else body.hold(each).memory
+        memory = look(body, each)[1] if age % 3 else body.hold([each])[0].memory
         rows = list(zip(each.rows.backprops[0], each.rows.activations[0], strict=True)) if age % 3 else None
         seen.append((age, each.own_gradient[0], each.average[0], rows))
     assert memory.tolist() == pytest.approx([0.0, *reference.controller_memory(seen)])
@@ -88,7 +88,7 @@ def test_gradients_that_agree_are_told_from_noise() -> None:
 
 def test_between_looks_the_pace_holds_and_the_cosine_goes_on() -> None:
     memory = torch.tensor([0.5, 0.0, 0.25]).double()
-    gain, after = make_body(bias=1.0).hold(see(7, memory))
+    gain, after = make_body(bias=1.0).hold([see(7, memory)])[0]
     assert gain.item() == pytest.approx(math.expm1(0.5))
     assert after[1] != 0 and after[[0, 2]].tolist() == [0.5, 0.25]
 
