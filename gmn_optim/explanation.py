@@ -145,7 +145,7 @@ class Routing:
             for parameter in group["params"]:
                 if parameter.requires_grad:
                     place = places.get(id(parameter), NOWHERE)
-                    of_group.append(Segment(names[id(parameter)], tuple(parameter.shape), *place[:-1]))
+                    of_group.append(Segment(names[id(parameter)], tuple(parameter.shape), *place[:4]))
         return [*clocks.items()]
 
     def served_share(self, groups: Groups) -> float:

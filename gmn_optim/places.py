@@ -23,6 +23,7 @@ class Place(NamedTuple):
         order: How it lies in memory, if otherwise than outputs first.
         groups: Blocks that the layer's inputs and outputs fall into.
         explained: Whether the layer's factors are there and explain its gradient.
+        missed: Whether they are there and do not.
     """
 
     layer: str | None
@@ -30,6 +31,7 @@ class Place(NamedTuple):
     order: WeightOrder | None = None
     groups: int = 1
     explained: bool = False
+    missed: bool = False
 
 
 NOWHERE = Place(None, "other")
@@ -85,11 +87,11 @@ def find_places(capture: GradientCapture | None, verdicts: Mapping[str, Verifica
     """
     if capture is None:
         return {}
-    explained = {name for name, verdict in verdicts.items() if verdict.explained}
+    explained, missed = ({n for n, v in verdicts.items() if v.explained is wanted} for wanted in (True, False))
     # scale-free features would blow rounding error up to the size of a gradient
     noise = vanishing_parameters(capture, verdicts)
     return {
-        key: place._replace(explained=place.layer in explained and key not in noise)
+        key: place._replace(explained=place.layer in explained and key not in noise, missed=place.layer in missed)
         for key, place in known_places(capture).items()
     }
 

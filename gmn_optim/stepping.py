@@ -197,8 +197,8 @@ def _chunks(active: Sequence[ActiveParameter], state: StateByParameter, config: 
     clocks: dict[tuple[Any, ...], int] = {}
     for each in active:
         learned = config.body is not None and (each.place.explained or not needs_factors)
-        layer, role, order, groups, _ = each.place
-        segment = Segment(each.name, tuple(each.parameter.shape), layer, role, order, groups)
+        layer, role, order, groups, _, missed = each.place
+        segment = Segment(each.name, tuple(each.parameter.shape), layer, role, order, groups, missed)
         taken = float(state[each.parameter].get("step", 0.0))
         clock = clocks.setdefault((taken, _own_group(each)), len(clocks))
         bundles.setdefault((learned, clock), []).append(segment)

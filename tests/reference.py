@@ -379,11 +379,19 @@ class KroneckerScheduleFree(KroneckerAdam):
         sides: Whether its rows and its columns have a basis.
         due: Numbers of the steps at which the bases are made anew.
         scale: What its steps are multiplied by.
+        sharpness: Of the average.
     """
 
-    def __init__(self, start: numpy.ndarray, sides: tuple[bool, bool], due: Sequence[int], scale: float) -> None:
+    def __init__(
+        self,
+        start: numpy.ndarray,
+        sides: tuple[bool, bool],
+        due: Sequence[int],
+        scale: float,
+        sharpness: float = 10.0,
+    ) -> None:
         super().__init__(start.shape, sides, due)
-        self.x, self.y, self.z, self.scale = start, start, start, scale
+        self.x, self.y, self.z, self.scale, self.sharpness = start, start, start, scale, sharpness
 
     def move(
         self,
@@ -395,10 +403,17 @@ class KroneckerScheduleFree(KroneckerAdam):
         """Return y after one more gradient (o, i), given vectors on both sides."""
         normalized = self.direction(gradient, factors, betas=(0.0, 0.995))
         self.z = self.z - alpha * self.scale * normalized
-        share = 10 / (self.step + 9)
+        share = self.sharpness / (self.step + self.sharpness - 1)
         self.x = (1 - share) * self.x + share * self.z
         self.y = (1 - beta) * self.z + beta * self.x
         return self.y
+
+
+def most_are_small(weights: Sequence[numpy.ndarray]) -> bool:
+    """Return whether more than half of the weights (o, i) that are not as good as zero are small."""
+    sizes = [root_mean_square(weight.flatten().tolist()) * math.sqrt(3 * weight.shape[1]) for weight in weights]
+    telling = [size for size in sizes if size >= 0.02]
+    return 2 * sum(1 for size in telling if size < 0.18) > len(telling)
 
 
 def schedule_free_scale(weight: numpy.ndarray, inputs: int, matrices: int) -> float:

@@ -12,7 +12,7 @@ from gmn_optim.rule.features import root, sum_of_products
 from gmn_optim.rule.layout import Chunk, Layout
 from gmn_optim.rule.matrices import Matrix
 from gmn_optim.rule.nominal import ChangedStep
-from gmn_optim.rule.schedule_free import LEAST_SIZE
+from gmn_optim.rule.small_weights import LEAST_SIZE
 
 
 class EigenbasisSteps:

@@ -35,6 +35,10 @@ FOLLOW_EVERY = 5
 """Factors are read, and second moments followed, at the first ten steps and then at every fifth. They change slowly,
 and the steps between cost neither hooks nor products of long sides."""
 
+MISSED_DECAY = 0.95
+"""Squared gradients of layers whose factors miss the gradient are remembered for twenty steps. Such losses
+hold derivatives of the model (PINNs) and fall by orders of magnitude, which a longer memory follows too late."""
+
 TIE_BREAK = 1e-3
 """Share of this step's Gram matrices in a basis that is made from them. With none of it, the basis and with it the step
 would hang on rounding errors where those of earlier steps lack rank."""
@@ -110,10 +114,13 @@ class KroneckerAdamTerm(AdamTerm):
     ) -> tuple[list[tuple[Tensor, Buffers]], tuple[Basis, ...]]:
         """Return Adam's directions and buffers, those of matrices in their bases, and the new bases."""
         matrices, corrections = around.layout.matrices, _Corrections.of_chunks(self, chunks)
+        faster = _Corrections.of_chunks(self, chunks, MISSED_DECAY) if any(m.weight.missed for m in matrices) else []
         pieces = _Pieces.cut(around.layout, chunks, [self.new_average(chunk) for chunk in chunks])
         self._step_vectors(around.layout, pieces, corrections)
         turned = [
-            self._turn(matrix, old, pieces, corrections[matrix.place.chunk], around)
+            self._turn(
+                matrix, old, pieces, (faster if matrix.weight.missed else corrections)[matrix.place.chunk], around
+            )
             for matrix, old in zip(matrices, bases, strict=True)
         ]
         steps, memories = self._changed(turned, pieces, around)
@@ -126,10 +133,6 @@ class KroneckerAdamTerm(AdamTerm):
         """Return the first buffer of a chunk after its average has followed the gradient."""
         beta1 = self.beta1() if inputs.momentum is None else inputs.momentum
         return torch.lerp(inputs.gradient, inputs.buffers[0], beta1)
-
-    def begin(self, matrix: Matrix, basis: Basis, around: Surroundings) -> Basis:
-        """Return the basis, with what must be known from before the first step."""
-        return basis
 
     def matrix_scales(self, turned: Sequence[Coordinates], around: Surroundings) -> Sequence[Tensor | None]:
         """Return what the steps of each matrix are multiplied by, None for nothing."""
@@ -166,7 +169,6 @@ class KroneckerAdamTerm(AdamTerm):
     ) -> Coordinates:
         """Return a matrix in its new bases, and put the new second moments in their places."""
         gradient = pieces.gradients.of(matrix)
-        old = self.begin(matrix, old, around)
         basis = self._turn_basis(matrix, old, gradient, pieces, around)
         turned = into(basis, gradient)
         second = torch.lerp(turned.square(), pieces.seconds.of(matrix), corrections.beta2)
@@ -218,7 +220,7 @@ class KroneckerAdamTerm(AdamTerm):
             return self._next_basis(matrix, old, gradient, None, factors)[0]
         turning = [pieces.seconds, *pieces.of_body[:1]]
         seconds = torch.stack([each.of(matrix) for each in turning])
-        basis, seconds = self._next_basis(matrix, old, gradient, seconds, factors)
+        basis, seconds = self._next_basis(matrix, old, gradient, seconds, factors, around.turns)
         for each, values in zip(turning, seconds, strict=True):
             each.put(matrix, values)
         return basis
@@ -230,6 +232,7 @@ class KroneckerAdamTerm(AdamTerm):
         gradient: Tensor,
         seconds: Tensor | None,
         factors: DecomposedGradient | None,
+        turns: Tensor | None = None,
     ) -> tuple[Basis, Tensor | None]:
         """Return the basis of this step, and second moments of earlier ones (., groups, o, i) in it.
 
@@ -243,7 +246,7 @@ class KroneckerAdamTerm(AdamTerm):
         followed = follow(old, moments, torch.where(looks, self.factor_decay(), 1.0))
         if seconds is None:
             return followed, None
-        due = self.is_due(old.age)
+        due = self.is_due(old.age) if turns is None else self.is_due(old.age) & turns
         if explained:
             renewed, seconds = renew(followed, seconds, due, self.method)
         else:
@@ -260,9 +263,11 @@ class _Corrections(NamedTuple):
     second: Tensor
 
     @classmethod
-    def of_chunks(cls, term: KroneckerAdamTerm, chunks: Sequence[ChunkInputs]) -> "list[_Corrections]":
-        """Return those of each chunk."""
-        beta2, epsilon = term.beta2(), term.epsilon()
+    def of_chunks(
+        cls, term: KroneckerAdamTerm, chunks: Sequence[ChunkInputs], most: float = 1.0
+    ) -> "list[_Corrections]":
+        """Return those of each chunk, the decay of the second moment being so much at most."""
+        beta2, epsilon = term.beta2().clamp_max(most), term.epsilon()
         found = []
         for inputs in chunks:
             first = torch.ones_like(inputs.step)

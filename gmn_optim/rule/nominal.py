@@ -36,10 +36,11 @@ class Surroundings(NamedTuple):
         layout: Which parameters stand where.
         factors: Layer name to factors, of the layers whose gradient they explain.
         refresh: Whether bases that are due are made anew; without it none is due.
-        follow: Whether bases follow the gradients' second moments at this step, and the learned term looks anew;
-            without it there are no factors to see.
         parameters: Flat parameters of each chunk (size).
         change: Changes the steps that a term takes in the coordinates of its bases; told ``follow``.
+        follow: Whether bases follow the gradients' second moments at this step, and the learned term looks anew;
+            without it there are no factors to see.
+        turns: Whether bases are made anew at all (), None if so; otherwise they stay the axes.
     """
 
     layout: Layout
@@ -48,6 +49,7 @@ class Surroundings(NamedTuple):
     parameters: Sequence[Tensor] = ()
     change: Callable[[Sequence[Coordinates], bool], "Sequence[ChangedStep]"] | None = None
     follow: bool = True
+    turns: Tensor | None = None
 
 
 class ChangedStep(NamedTuple):

@@ -14,6 +14,9 @@ from gmn_optim.rule.kronecker import FOLLOW_EVERY, KroneckerAdamTerm
 from gmn_optim.rule.matrices import Matrix
 from gmn_optim.rule.nominal import LEAST_SQUARE, Buffers, ChunkInputs, Surroundings, nominal_terms
 from gmn_optim.rule.scalars import SPEED, Decay, LogScalar
+from gmn_optim.rule.small_weights import LEAST_SIZE, are_small, relative_sizes
+from gmn_optim.rule.small_weights import SHARPNESS as SMALL_SHARPNESS
+from gmn_optim.rule.small_weights import STEP as SMALL_STEP
 
 REFERENCE_WIDTH, REFERENCE_DEPTH = 64, 2
 """Inputs of a layer, and number of matrices in a model, at which the step size is what it says."""
@@ -24,8 +27,8 @@ LEAST_SHARE = 0.005
 FEWEST_INPUTS = 16
 """A layer of fewer inputs takes the steps of one that has so many."""
 
-LEAST_SIZE, SIZES = 0.02, (0.1, 2.0)
-"""A layer whose weights are smaller than this at first, such as zero, takes ordinary steps; bounds for all others."""
+SIZES = (0.1, 2.0)
+"""Bounds of the sizes that steps follow; where a weight tells nothing, they are ordinary."""
 
 
 @nominal_terms.register("kronecker_schedule_free")
@@ -40,8 +43,8 @@ class KroneckerScheduleFreeTerm(KroneckerAdamTerm):
 
     The steps of a matrix shrink with the root of its inputs and of the number of matrices, since more small steps add
     up at an output of a wide layer and of a deep model. They follow the size of its weights before the first step (root
-    mean square, against the ``1 / sqrt(3 inputs)`` of torch's initialization), so that networks whose weights are small
-    by design, such as SIREN, are not thrown out of their scale.
+    mean square, against the ``1 / sqrt(3 inputs)`` of torch's initialization). Networks most of whose weights are small
+    by design, such as SIREN, keep the axes for bases and take other steps, see :mod:`gmn_optim.rule.small_weights`.
 
     Reference:
         Defazio et al. (2024), "The road less scheduled", arXiv 2405.15682, equations 3 to 5; George et al. (2018),
@@ -74,17 +77,20 @@ class KroneckerScheduleFreeTerm(KroneckerAdamTerm):
     ) -> tuple[Tensor, Buffers]:
         """Return the step of the parameters, and the new buffers e and v; ``momentum`` takes the place of beta."""
         normalized, second = self._normalize(gradient, buffers[1], step)
-        direction, average = self._average(normalized, buffers[0], step, momentum)
+        direction, average = self._average(normalized, buffers[0], step, momentum, self.sharpness())
         return direction, (average, second)
 
     def directions(
         self, chunks: Sequence[ChunkInputs], bases: tuple[Basis, ...], around: Surroundings
     ) -> tuple[list[tuple[Tensor, Buffers]], tuple[Basis, ...]]:
         """Return the steps of the parameters and new buffers, matrices in their bases, and the new bases."""
+        bases, around = self._begin(bases, around)
         steps, bases = super().directions(chunks, bases, around)
-        results = []
+        sharpness, results = self.sharpness(), []
+        if around.turns is not None:
+            sharpness = torch.where(around.turns, sharpness, SMALL_SHARPNESS)
         for inputs, (step, (_, *seconds)) in zip(chunks, steps, strict=True):
-            direction, average = self._average(step, inputs.buffers[0], inputs.step, inputs.momentum)
+            direction, average = self._average(step, inputs.buffers[0], inputs.step, inputs.momentum, sharpness)
             results.append((direction, (average, *seconds)))
         return results, bases
 
@@ -92,25 +98,29 @@ class KroneckerScheduleFreeTerm(KroneckerAdamTerm):
         """Return e as it is: it follows steps, not gradients."""
         return inputs.buffers[0]
 
-    def begin(self, matrix: Matrix, basis: Basis, around: Surroundings) -> Basis:
-        """Return the basis with the weight's size before the first step, at which every basis is due."""
-        if not around.refresh:
-            return basis
-        return basis._replace(size=torch.where(basis.age == 0, _weight_size(matrix, around), basis.size))
+    def _begin(self, bases: tuple[Basis, ...], around: Surroundings) -> tuple[tuple[Basis, ...], Surroundings]:
+        """Return the bases with the weights' sizes before the first step, and whether bases turn."""
+        matrices = around.layout.matrices
+        if not matrices:
+            return bases, around
+        if around.refresh:  # at the first step every basis is due
+            pairs = zip(matrices, bases, strict=True)
+            bases = tuple(b._replace(size=torch.where(b.age == 0, _weight_size(m, around), b.size)) for m, b in pairs)
+        return bases, around._replace(turns=~are_small(_relative_sizes(matrices, bases)))
 
     def matrix_scales(self, turned: Sequence[Coordinates], around: Surroundings) -> Sequence[Tensor]:
         """Return what the steps of each matrix are multiplied by (), 1 at the reference, see the class."""
         if not turned:
             return []
-        # of a table only the row that is read acts on an output
-        inputs = [1 if each.matrix.weight.role == "table" else each.matrix.inputs for each in turned]
-        sizes = torch.stack([each.basis.size for each in turned])
-        logs, roots = _widths(tuple(inputs), sizes.dtype, sizes.device)
-        sizes = sizes * roots
+        matrices, bases = zip(*((each.matrix, each.basis) for each in turned), strict=True)
+        sizes = _relative_sizes(matrices, bases)
+        logs = _log_widths(_inputs(matrices), sizes.dtype, sizes.device)
         sizes = torch.where(sizes < LEAST_SIZE, torch.ones_like(sizes), sizes).clamp(*SIZES).log()
         depth = math.log(len(around.layout.matrices) / REFERENCE_DEPTH)
-        exponents = logs * self.width_power + depth * self.depth_power + sizes * self.size_power
-        return torch.exp(SPEED * exponents).unbind()
+        widths = logs * self.width_power
+        exponents = widths + depth * self.depth_power + sizes * self.size_power
+        of_small = SMALL_STEP * torch.exp(SPEED * widths).clamp_max(1.0)
+        return torch.where(around.turns, torch.exp(SPEED * exponents), of_small).unbind()
 
     def _normalize(self, gradient: Tensor, second: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``g / (sqrt(v) + epsilon)`` and the new v, corrected for its start at zero."""
@@ -119,9 +129,11 @@ class KroneckerScheduleFreeTerm(KroneckerAdamTerm):
         root = (second / (1 - torch.pow(beta2, step))).clamp_min(LEAST_SQUARE).sqrt()
         return gradient / (root + self.epsilon()), second
 
-    def _average(self, step: Tensor, average: Tensor, number: Tensor, momentum: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _average(
+        self, step: Tensor, average: Tensor, number: Tensor, momentum: Tensor | None, sharpness: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Return the step of the parameters for a step of z, and the new e."""
-        beta, k = self.beta() if momentum is None else momentum, self.sharpness()
+        beta, k = self.beta() if momentum is None else momentum, sharpness
         share = (k / (number + k - 1)).clamp_min(LEAST_SHARE)
         moved = average + step
         return share * beta * moved + (1 - beta) * step, (1 - share) * moved
@@ -135,9 +147,18 @@ def _weight_size(matrix: Matrix, around: Surroundings) -> Tensor:
     return root(weight.square().mean())
 
 
+def _inputs(matrices: Sequence[Matrix]) -> tuple[int, ...]:
+    """Return the inputs of each matrix; of a table only the row that is read acts on an output."""
+    return tuple(1 if matrix.weight.role == "table" else matrix.inputs for matrix in matrices)
+
+
+def _relative_sizes(matrices: Sequence[Matrix], bases: Sequence[Basis]) -> Tensor:
+    """Return the sizes of weights before the first step (n) against those of torch's initialization."""
+    return relative_sizes(torch.stack([basis.size for basis in bases]), _inputs(matrices))
+
+
 @constant()
-def _widths(inputs: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return for each matrix the log of its inputs against the reference, and the root of three times its inputs."""
+def _log_widths(inputs: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return for each matrix the log of its inputs against the reference (n)."""
     logs = [math.log(max(n, FEWEST_INPUTS) / REFERENCE_WIDTH) for n in inputs]
-    made = {"dtype": dtype, "device": device}
-    return torch.tensor(logs, **made), torch.tensor([math.sqrt(3 * n) for n in inputs], **made)
+    return torch.tensor(logs, dtype=dtype, device=device)

@@ -22,6 +22,7 @@ class Segment:
         role: What it is in that layer, one of :data:`ROLES`; ``other`` if there is none.
         order: How it lies in memory, if otherwise than outputs first.
         groups: Blocks that the layer's inputs and outputs fall into.
+        missed: Whether the layer's factors were found not to explain its gradient.
 
     Example:
         >>> import torch
@@ -35,6 +36,7 @@ class Segment:
     role: str = "other"
     order: WeightOrder | None = None
     groups: int = 1
+    missed: bool = False
 
     def flatten(self, tensor: Tensor) -> Tensor:
         """Return a tensor of the parameter's shape as a flat one, outputs first."""

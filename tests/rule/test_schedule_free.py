@@ -12,6 +12,7 @@ from torch import Tensor
 from gmn_optim.gradients import DecomposedGradient
 from gmn_optim.rule import Layout, RuleConfig, Segment, UpdateRule, build_chunks, kronecker, matrices
 from gmn_optim.rule.kronecker import KroneckerAdamTerm
+from gmn_optim.rule.scalars import Decay
 from gmn_optim.rule.schedule_free import KroneckerScheduleFreeTerm
 from tests import reference
 
@@ -73,7 +74,7 @@ def joined(named: dict[str, Tensor], layer: str) -> numpy.ndarray:
 
 
 @pytest.mark.parametrize(("size", "momentum"), [(1.0, None), (0.3, 0.6), (0.0, None), (1e-3, None), (0.01, 0.0)])
-@pytest.mark.parametrize("widths", [(3, 4), (20, 3, 5, 2)])
+@pytest.mark.parametrize("widths", [(3, 4), (20, 3, 5, 2), (90, 3)])
 def test_matrices_take_the_steps_of_three_sequences(
     widths: tuple[int, ...], size: float, momentum: float | None
 ) -> None:
@@ -88,9 +89,14 @@ def test_matrices_take_the_steps_of_three_sequences(
         for each in factors
     ]
     passed = train(layout, start, gradients, factors, momentum)
+    small = reference.most_are_small([start[f"{name}.weight"].numpy() for name in sides])
+    assert small is (size == 0.01)
     for name, (inputs, _) in sides.items():
-        scale = reference.schedule_free_scale(start[f"{name}.weight"].numpy(), inputs, count)
-        slow = reference.KroneckerScheduleFree(joined(start, name), (True, True), DUE, scale)
+        scale, turning, sharpness = min(1.0, math.sqrt(64 / inputs)) / 12, (False, False), 4.0
+        if not small:
+            scale, turning = reference.schedule_free_scale(start[f"{name}.weight"].numpy(), inputs, count), (True, True)
+            sharpness = 10.0
+        slow = reference.KroneckerScheduleFree(joined(start, name), turning, DUE, scale, sharpness)
         for gradient, given, found in zip(gradients, factors, passed, strict=True):
             a, g = ([*factor.flatten(0, 1).numpy()] for factor in given[name])
             columns = [numpy.append(row, 1.0) for row in a]
@@ -148,3 +154,21 @@ def test_the_average_forgets_a_two_hundredth_at_least(number: int, share: float)
     term, (average,), step = KroneckerScheduleFreeTerm().double(), draw(1, 3), torch.tensor(float(number)).double()
     _, (kept, _) = term.direction(torch.zeros(3).double(), (average, torch.ones(3).double()), step)
     torch.testing.assert_close(kept, (1 - share) * average, **CLOSE)
+
+
+@pytest.mark.parametrize("term", ["kronecker_adam", "kronecker_schedule_free"])
+def test_a_gradient_that_its_factors_miss_is_remembered_for_twenty_steps(term: str) -> None:
+    gradients, (start,) = draw(STEPS, 12), draw(1, 12)
+    seen = []
+    for missed, beta2 in ((True, None), (False, 0.95), (False, None)):
+        rule = UpdateRule(RuleConfig(nominal=term, body=None)).double().requires_grad_(False)
+        if beta2 is not None:
+            rule.nominal.beta2 = Decay(beta2).double()
+        layout = Layout(tuple(build_chunks([Segment("0.weight", (3, 4), "0", "weight", missed=missed)], False)))
+        state, current = rule.init_state(layout, start), start
+        for gradient in gradients:
+            (update,), state = rule((current,), (gradient,), state, layout)
+            current = current - update.step
+        seen.append(current)
+    torch.testing.assert_close(seen[0], seen[1], rtol=1e-6, atol=1e-7)
+    assert (seen[0] - seen[2]).abs().max() > 1e-4
