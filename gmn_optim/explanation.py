@@ -1,7 +1,9 @@
 """Who updates which parameter, as told to the user: summary, reasons, and the share that the learned term serves."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
+import torch
 from torch import Tensor, nn
 
 from gmn_optim.basis_sources import basis_sources
@@ -21,7 +23,9 @@ from gmn_optim.report import Summary, SummaryRow, describe_spaces
 from gmn_optim.rule import RuleConfig, Segment
 from gmn_optim.rule.matrices import find_matrices
 from gmn_optim.rule.nominal import nominal_terms
+from gmn_optim.rule.small_weights import LEAST_SIZE, are_small, first_sizes
 
+SMALL = "a weight is smaller than those of meta-training were at first"
 MATRICES_ALONE = "the learned term serves matrices alone, each with its bias"
 
 
@@ -33,6 +37,7 @@ class Routing:
         config: Of the rule.
         capture: Gives the factors, or None where the rule looks at none.
         verdicts: Of the newest step on each layer.
+        sizes: Root mean square before the first step of each weight that is a matrix, as far as known, by identity.
 
     Example:
         >>> model, config = nn.Linear(2, 1), RuleConfig(nominal="adam", body=None)
@@ -46,7 +51,9 @@ class Routing:
         config: RuleConfig,
         capture: GradientCapture | None,
         verdicts: Mapping[str, Verification],
+        sizes: Mapping[int, Tensor] = MappingProxyType({}),
     ) -> None:
+        self._sizes = sizes
         self._model, self._config, self._verdicts = model, config, verdicts
         self._vanishing = set() if capture is None else vanishing_parameters(capture, verdicts)
         self._capture = capture
@@ -73,6 +80,9 @@ class Routing:
         found = {id(parameter): self.of(parameter) for parameter in parameters_in(groups)}
         if not self._config.in_eigenbasis:
             return found
+        sizes = self._first_sizes(groups)
+        if bool(((sizes >= LEAST_SIZE) & (sizes < self._config.least_size)).any()):
+            return {key: (False, SMALL if served else reason) for key, (served, reason) in found.items()}
         weights = self._weights(groups)
         return {
             key: found[weights[key]] if key in weights else (False, MATRICES_ALONE if served else reason)
@@ -122,7 +132,15 @@ class Routing:
             return {}
         names = name_parameters(self._model, groups)
         parameters = {names[id(p)]: p for p in parameters_in(groups) if p.requires_grad}
-        return basis_sources(self._segments(groups, names), lambda name: self._of_layer(parameters[name]))
+        turns = self._config.nominal != "kronecker_schedule_free" or not bool(are_small(self._first_sizes(groups)))
+        return basis_sources(self._segments(groups, names), lambda name: self._of_layer(parameters[name]), turns)
+
+    def _first_sizes(self, groups: Groups) -> Tensor:
+        """Return the relative sizes of the matrices that have taken a step (n)."""
+        keys = {name: key for key, name in name_parameters(self._model, groups).items()}
+        matrices = find_matrices(self._segments(groups, name_parameters(self._model, groups)))
+        known = [matrix for matrix in matrices if keys[matrix.weight.name] in self._sizes]
+        return first_sizes(known, [self._sizes[keys[m.weight.name]] for m in known]) if known else torch.zeros(0)
 
     def _weights(self, groups: Groups) -> dict[int, int]:
         """Return, for each weight that is no table and for its bias, the identity of the weight."""

@@ -25,7 +25,7 @@ from gmn_optim.hyperparameters import (
 )
 from gmn_optim.memory_usage import MemoryUsage, count_bytes
 from gmn_optim.packing import restore_precision
-from gmn_optim.places import ActiveParameter, Place, find_places, name_parameters
+from gmn_optim.places import ActiveParameter, Place, find_places, name_parameters, parameters_in
 from gmn_optim.report import StepLog, StepReport, Summary
 from gmn_optim.routing import find_active, warn_of_misses
 from gmn_optim.rule import UpdateRule
@@ -323,4 +323,6 @@ class GMNOptimizer(torch.optim.Optimizer):
 
     def _routing(self) -> Routing:
         """Return who serves which parameter now."""
-        return Routing(self._model, self._rule.config, self._capture, self._verdicts)
+        states = {id(p): self.state[p] for p in parameters_in(self.param_groups) if p in self.state}
+        sizes = {key: entries["basis_size"] for key, entries in states.items() if "basis_size" in entries}
+        return Routing(self._model, self._rule.config, self._capture, self._verdicts, sizes)

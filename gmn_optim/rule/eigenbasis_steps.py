@@ -1,6 +1,5 @@
 """The learned term in the eigenbasis: which matrices it serves, and what guards their steps."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +11,7 @@ from gmn_optim.rule.features import root, sum_of_products
 from gmn_optim.rule.layout import Chunk, Layout
 from gmn_optim.rule.matrices import Matrix
 from gmn_optim.rule.nominal import ChangedStep
-from gmn_optim.rule.small_weights import LEAST_SIZE
+from gmn_optim.rule.small_weights import LEAST_SIZE, first_sizes
 
 
 class EigenbasisSteps:
@@ -117,11 +116,8 @@ class EigenbasisSteps:
 
     def _knows(self, turned: Sequence[Coordinates]) -> Tensor:
         """Return whether every matrix began with large enough weights, or with zeros ()."""
-        known = torch.ones((), dtype=torch.bool)
-        for each in turned:
-            size = each.basis.size * math.sqrt(3 * each.matrix.inputs)
-            known = known.to(size.device) & ((size >= self.least_size) | (size < LEAST_SIZE))
-        return known
+        sizes = first_sizes([each.matrix for each in turned], [each.basis.size for each in turned])
+        return ((sizes >= self.least_size) | (sizes < LEAST_SIZE)).all()
 
     def _note(self, matrix: Matrix, guarded: Tensor) -> None:
         """Remember whether a matrix was guarded, for its weight and its bias."""

@@ -14,7 +14,7 @@ from gmn_optim.rule.kronecker import FOLLOW_EVERY, KroneckerAdamTerm
 from gmn_optim.rule.matrices import Matrix
 from gmn_optim.rule.nominal import LEAST_SQUARE, Buffers, ChunkInputs, Surroundings, nominal_terms
 from gmn_optim.rule.scalars import SPEED, Decay, LogScalar
-from gmn_optim.rule.small_weights import LEAST_SIZE, are_small, relative_sizes
+from gmn_optim.rule.small_weights import LEAST_SIZE, are_small, first_sizes, relative_sizes
 from gmn_optim.rule.small_weights import SHARPNESS as SMALL_SHARPNESS
 from gmn_optim.rule.small_weights import STEP as SMALL_STEP
 
@@ -106,15 +106,17 @@ class KroneckerScheduleFreeTerm(KroneckerAdamTerm):
         if around.refresh:  # at the first step every basis is due
             pairs = zip(matrices, bases, strict=True)
             bases = tuple(b._replace(size=torch.where(b.age == 0, _weight_size(m, around), b.size)) for m, b in pairs)
-        return bases, around._replace(turns=~are_small(_relative_sizes(matrices, bases)))
+        return bases, around._replace(turns=~are_small(first_sizes(matrices, [basis.size for basis in bases])))
 
     def matrix_scales(self, turned: Sequence[Coordinates], around: Surroundings) -> Sequence[Tensor]:
         """Return what the steps of each matrix are multiplied by (), 1 at the reference, see the class."""
         if not turned:
             return []
+        # of a table only the row that is read acts on an output
         matrices, bases = zip(*((each.matrix, each.basis) for each in turned), strict=True)
-        sizes = _relative_sizes(matrices, bases)
-        logs = _log_widths(_inputs(matrices), sizes.dtype, sizes.device)
+        inputs = tuple(1 if matrix.weight.role == "table" else matrix.inputs for matrix in matrices)
+        sizes = relative_sizes(torch.stack([basis.size for basis in bases]), inputs)
+        logs = _log_widths(inputs, sizes.dtype, sizes.device)
         sizes = torch.where(sizes < LEAST_SIZE, torch.ones_like(sizes), sizes).clamp(*SIZES).log()
         depth = math.log(len(around.layout.matrices) / REFERENCE_DEPTH)
         widths = logs * self.width_power
@@ -145,16 +147,6 @@ def _weight_size(matrix: Matrix, around: Surroundings) -> Tensor:
     start = sum(chunk.sizes[: matrix.place.segment])
     weight = around.parameters[matrix.place.chunk].narrow(0, start, matrix.weight.size)
     return root(weight.square().mean())
-
-
-def _inputs(matrices: Sequence[Matrix]) -> tuple[int, ...]:
-    """Return the inputs of each matrix; of a table only the row that is read acts on an output."""
-    return tuple(1 if matrix.weight.role == "table" else matrix.inputs for matrix in matrices)
-
-
-def _relative_sizes(matrices: Sequence[Matrix], bases: Sequence[Basis]) -> Tensor:
-    """Return the sizes of weights before the first step (n) against those of torch's initialization."""
-    return relative_sizes(torch.stack([basis.size for basis in bases]), _inputs(matrices))
 
 
 @constant()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gmn_optim.constants import constant
+from gmn_optim.rule.matrices import Matrix
 
 LEAST_SIZE = 0.02
 """A weight that is smaller than this at first, such as zero, tells nothing."""
@@ -28,6 +29,17 @@ def relative_sizes(sizes: Tensor, inputs: Sequence[int]) -> Tensor:
         tensor([1.5000])
     """
     return sizes * _roots(tuple(inputs), sizes.dtype, sizes.device)
+
+
+def first_sizes(matrices: Sequence[Matrix], sizes: Sequence[Tensor]) -> Tensor:
+    """Return the relative sizes (n) of weights before the first step, 0 of tables, which tell nothing.
+
+    Args:
+        matrices: The matrices.
+        sizes: Root mean square of each weight before its first step ().
+    """
+    inputs = [0 if matrix.weight.role == "table" else matrix.inputs for matrix in matrices]
+    return relative_sizes(torch.stack([*sizes]), inputs)
 
 
 def are_small(sizes: Tensor) -> Tensor:

@@ -74,3 +74,28 @@ def test_a_sirens_bases_stay_the_axes_and_others_turn() -> None:
             optimizer.step()
         rows = optimizer.state[model[0].weight]["basis_rows"]
         assert torch.equal(rows, torch.eye(16).expand_as(rows)) is not turned
+
+
+@pytest.mark.parametrize("body", [True, False])
+def test_the_summary_says_that_a_siren_is_served_by_nobody_and_keeps_the_axes(body: bool) -> None:
+    torch.manual_seed(0)
+    model = make_siren(2, 16, 16, 3)
+    optimizer = GMNOptimizer(model) if body else GMNOptimizer(model, weights=None, nominal="kronecker_schedule_free")
+    model(torch.rand(32, 2)).square().mean().backward()
+    optimizer.step()
+    rows = {row.parameter: row for row in optimizer.summary().rows}
+    assert all("the axes" in row.because for row in rows.values())
+    assert all(row.updated_by == "kronecker_schedule_free" for row in rows.values())
+    assert optimizer.stats().served_share == 0
+    if body:
+        assert "smaller than those of meta-training" in rows["2.weight"].because
+
+
+def test_tables_tell_nothing() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(30, 8), nn.Linear(8, 8))
+    nn.init.normal_(model[0].weight, std=0.05)
+    optimizer = GMNOptimizer(model)
+    model(torch.arange(20)).square().mean().backward()
+    optimizer.step()
+    assert not any("the axes" in row.because for row in optimizer.summary().rows)
