@@ -410,10 +410,11 @@ class KroneckerScheduleFree(KroneckerAdam):
 
 
 def most_are_small(weights: Sequence[numpy.ndarray]) -> bool:
-    """Return whether more than half of the weights (o, i) that are not as good as zero are small."""
+    """Return whether more than half of the weights (o, i) that are not as good as zero are small, but not all."""
     sizes = [root_mean_square(weight.flatten().tolist()) * math.sqrt(3 * weight.shape[1]) for weight in weights]
     telling = [size for size in sizes if size >= 0.02]
-    return 2 * sum(1 for size in telling if size < 0.18) > len(telling)
+    small = sum(1 for size in telling if size < 0.18)
+    return 2 * small > len(telling) > small
 
 
 def schedule_free_scale(weight: numpy.ndarray, inputs: int, matrices: int) -> float:

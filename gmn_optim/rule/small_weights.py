@@ -43,15 +43,17 @@ def first_sizes(matrices: Sequence[Matrix], sizes: Sequence[Tensor]) -> Tensor:
 
 
 def are_small(sizes: Tensor) -> Tensor:
-    """Return whether most matrices of a network began with small weights (), by their relative sizes (n).
+    """Return whether most matrices of a network, but not all, began with small weights (), by their relative sizes (n).
+
+    Where all are small, that is one scale that somebody chose; SIREN's first layer has weights of the usual size.
 
     Example:
         >>> are_small(torch.tensor([0.7, 0.08, 0.08])), are_small(torch.tensor([1.0, 0.1, 0.0]))
         (tensor(True), tensor(False))
     """
     telling = sizes >= LEAST_SIZE
-    small = telling & (sizes < SMALL)
-    return 2 * small.sum() > telling.sum()
+    count, small = telling.sum(), (telling & (sizes < SMALL)).sum()
+    return (2 * small > count) & (small < count)
 
 
 @constant()

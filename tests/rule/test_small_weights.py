@@ -60,6 +60,10 @@ def test_common_initializations_are_not_small(init) -> None:
     assert not are_small(sizes_of(model))
 
 
+def test_one_small_scale_of_all_weights_does_not_make_a_network_small() -> None:
+    assert not are_small(torch.tensor([0.1, 0.1, 0.1]))
+
+
 def test_a_small_last_layer_does_not_make_a_network_small() -> None:
     assert not are_small(torch.tensor([1.0, 0.1])) and not are_small(torch.tensor([1.0, 1.0, 0.05]))
 
