@@ -40,6 +40,8 @@ def draw_curves(task: TaskFigures, title: str, path: Path) -> None:
     axes.axhline(task.target, color="black", linewidth=0.8, linestyle=":")
     axes.set(xscale="log", xlabel="steps", ylabel="test loss", title=title)
     _limit_losses(axes, task)
+    for axis in (axes.xaxis, axes.yaxis):
+        _label_sparsely(axis)
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=130)
 
@@ -58,5 +60,15 @@ def _limit_losses(axes: object, task: TaskFigures) -> None:
     highest = task.arms["adam"].curves.held_out[1].max().item()
     if math.isfinite(highest) and highest > lowest > 0:
         axes.set(yscale="log", ylim=(lowest * (lowest / highest) ** 0.03, highest))
-        for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            axis("{x:.3g}")
+
+
+def _label_sparsely(axis: object) -> None:
+    """Write plain numbers at 1, 2 and 5 times powers of ten, or wherever there is room if the range is shorter."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    low, high = sorted(axis.get_view_interval())
+    axis.set_major_formatter("{x:.6g}")
+    axis.set_minor_formatter("{x:.6g}")
+    if axis.get_scale() == "log" and high > 5 * low:
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_minor_formatter(NullFormatter())
