@@ -46,8 +46,8 @@ class Controller(AbstractMatrixBody):
     between gradient and steps, and one of the logarithm of signal against noise, the squared mean gradient over what it
     would be if the gradients of data points were independent with mean zero. At a look that stands for n steps,
     ``r <- r + 0.1 n tanh(f)``, where f is a linear function plus a small MLP of these, their means over the model, and
-    sizes. All of it stays as it is when hidden bases are rotated, and under any order of data points. Before any
-    meta-training f is zero.
+    sizes. All of it stays as it is when hidden bases are rotated, and under any order of data points. A single row
+    shows no noise, and leaves the pace as it is. Before any meta-training f is zero.
 
     Args:
         width: Hidden channels of the MLP.
@@ -138,8 +138,9 @@ def _ages(turned: Sequence[Coordinates]) -> Tensor:
 
 
 def _gaps(turned: Sequence[Coordinates], like: Tensor) -> Tensor:
-    """Return how many steps this look stands for (n)."""
-    return torch.stack([torch.as_tensor(each.gap, dtype=like.dtype, device=like.device) for each in turned])
+    """Return how many steps this look stands for (n), 0 at a single row, which shows no noise."""
+    gaps = [each.gap if each.rows.backprops.shape[-2] > 1 else 0.0 for each in turned]
+    return torch.stack([torch.as_tensor(gap, dtype=like.dtype, device=like.device) for gap in gaps])
 
 
 def _noise(each: Coordinates) -> Tensor:

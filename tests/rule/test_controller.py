@@ -68,6 +68,14 @@ def test_a_look_changes_the_pace_by_its_steps_and_no_more(gap: float) -> None:
     assert gain.item() == pytest.approx(math.expm1(RATE * gap))
 
 
+def test_a_single_row_changes_neither_pace_nor_signal_against_noise() -> None:
+    body, memory = make_body(bias=1.0), torch.tensor([0.3, 0.1, 0.2]).double()
+    each = see(4, memory)
+    rows = TurnedRows(*(side[:, :1] for side in each.rows))
+    alone = look(body, each._replace(rows=rows, own_gradient=rows.backprops.mT @ rows.activations))[1]
+    assert torch.equal(alone[[0, 2]], memory[[0, 2]]) and alone[1] != memory[1]
+
+
 def test_gradients_along_the_steps_of_late_speed_up_and_those_against_them_slow_down() -> None:
     body, memory = make_body(cosine=1.0), torch.zeros(3).double()
     gradient = see(4, memory).own_gradient
