@@ -191,7 +191,7 @@ def _shows(state: StateByParameter, active: Sequence[ActiveParameter], views: Se
 
 
 def _chunks(active: Sequence[ActiveParameter], state: StateByParameter, config: RuleConfig) -> list[Chunk]:
-    """Return chunks of parameters with the same steps taken, learned or not, momentum of their own or not."""
+    """Return chunks of parameters with the same steps taken, learned or not, missed or not, of one momentum."""
     needs_factors = config.needs_factors
     bundles: dict[tuple[Any, ...], list[Segment]] = {}
     clocks: dict[tuple[Any, ...], int] = {}
@@ -201,8 +201,8 @@ def _chunks(active: Sequence[ActiveParameter], state: StateByParameter, config: 
         segment = Segment(each.name, tuple(each.parameter.shape), layer, role, order, groups, missed)
         taken = float(state[each.parameter].get("step", 0.0))
         clock = clocks.setdefault((taken, _own_group(each)), len(clocks))
-        bundles.setdefault((learned, clock), []).append(segment)
-    return [chunk for (learned, clock), parts in bundles.items() for chunk in build_chunks(parts, learned, clock)]
+        bundles.setdefault((learned, clock, missed), []).append(segment)
+    return [chunk for (learned, clock, _), parts in bundles.items() for chunk in build_chunks(parts, learned, clock)]
 
 
 def _spaces(

@@ -1,6 +1,6 @@
 """Networks that solve differential equations (PINNs): GMNOptimizer against tuned optimizers, side by side.
 
-    python examples/benchmarks/differential_equations.py --out examples/benchmarks/differential_equations
+    python examples/benchmarks/differential_equations.py --equations poisson burgers --out differential_equations
 
 Their losses hold derivatives of the network, which the factors of single data points do not explain: the default
 weights leave them to their nominal term, whose bases come from the gradient itself. The loss that is measured is that
@@ -132,6 +132,7 @@ def make_tasks(horizon: int) -> dict[str, AbstractTask]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--equations", nargs="+", choices=[*make_tasks(1)], default=[*make_tasks(1)])
     parser.add_argument("--steps", type=int, default=1_000)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--arms", nargs="+", default=ARMS)
@@ -143,7 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     protocol = Protocol(seeds=seeds, tuning_seeds=1, every=min(20, steps), rounds=0 if options.smoke else 3)
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.out or Path(scratch)
-        print(compare(make_tasks(steps), arms, folder=folder, protocol=protocol, progress=not options.smoke))
+        made = {name: task for name, task in make_tasks(steps).items() if name in options.equations}
+        print(compare(made, arms, folder=folder, protocol=protocol, progress=not options.smoke))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,11 @@ class Chunk:
     clock: int = 0
 
     @cached_property
+    def missed(self) -> bool:
+        """Return whether the factors of all these parameters' layers were found not to explain their gradients."""
+        return all(segment.missed for segment in self.segments)
+
+    @cached_property
     def size(self) -> int:
         """Return the number of elements of all segments."""
         return sum(segment.size for segment in self.segments)

@@ -24,6 +24,10 @@ REFERENCE_WIDTH, REFERENCE_DEPTH = 64, 2
 LEAST_SHARE = 0.005
 """The average forgets at least so much at each step, so that it can follow when the data change late in a training."""
 
+MISSED_BETA = 0.98
+"""Beta is so large at least where factors miss the gradient: fits of differential equations reach losses at which what
+is left of a whole step in the parameters is the largest error."""
+
 FEWEST_INPUTS = 16
 """A layer of fewer inputs takes the steps of one that has so many."""
 
@@ -77,7 +81,8 @@ class KroneckerScheduleFreeTerm(KroneckerAdamTerm):
     ) -> tuple[Tensor, Buffers]:
         """Return the step of the parameters, and the new buffers e and v; ``momentum`` takes the place of beta."""
         normalized, second = self._normalize(gradient, buffers[1], step)
-        direction, average = self._average(normalized, buffers[0], step, momentum, self.sharpness())
+        beta = self.beta() if momentum is None else momentum
+        direction, average = self._average(normalized, buffers[0], step, beta, self.sharpness())
         return direction, (average, second)
 
     def directions(
@@ -89,8 +94,10 @@ class KroneckerScheduleFreeTerm(KroneckerAdamTerm):
         sharpness, results = self.sharpness(), []
         if around.turns is not None:
             sharpness = torch.where(around.turns, sharpness, SMALL_SHARPNESS)
-        for inputs, (step, (_, *seconds)) in zip(chunks, steps, strict=True):
-            direction, average = self._average(step, inputs.buffers[0], inputs.step, inputs.momentum, sharpness)
+        for chunk, inputs, (step, (_, *seconds)) in zip(around.layout.chunks, chunks, steps, strict=True):
+            beta = self.beta().clamp_min(MISSED_BETA) if chunk.missed else self.beta()
+            beta = beta if inputs.momentum is None else inputs.momentum
+            direction, average = self._average(step, inputs.buffers[0], inputs.step, beta, sharpness)
             results.append((direction, (average, *seconds)))
         return results, bases
 
@@ -132,11 +139,10 @@ class KroneckerScheduleFreeTerm(KroneckerAdamTerm):
         return gradient / (root + self.epsilon()), second
 
     def _average(
-        self, step: Tensor, average: Tensor, number: Tensor, momentum: Tensor | None, sharpness: Tensor
+        self, step: Tensor, average: Tensor, number: Tensor, beta: Tensor, sharpness: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return the step of the parameters for a step of z, and the new e."""
-        beta, k = self.beta() if momentum is None else momentum, sharpness
-        share = (k / (number + k - 1)).clamp_min(LEAST_SHARE)
+        share = (sharpness / (number + sharpness - 1)).clamp_min(LEAST_SHARE)
         moved = average + step
         return share * beta * moved + (1 - beta) * step, (1 - share) * moved
 

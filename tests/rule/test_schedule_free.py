@@ -158,13 +158,15 @@ def test_the_average_forgets_a_two_hundredth_at_least(number: int, share: float)
 
 
 @pytest.mark.parametrize("term", ["kronecker_adam", "kronecker_schedule_free"])
-def test_a_gradient_that_its_factors_miss_is_remembered_for_twenty_steps(term: str) -> None:
+def test_a_gradient_that_its_factors_miss_is_remembered_for_twenty_steps_and_averaged_more(term: str) -> None:
     gradients, (start,) = draw(STEPS, 12), draw(1, 12)
     seen = []
     for missed, beta2 in ((True, None), (False, 0.95), (False, None)):
         rule = UpdateRule(RuleConfig(nominal=term, body=None)).double().requires_grad_(False)
         if beta2 is not None:
             rule.nominal.beta2 = Decay(beta2).double()
+            if term == "kronecker_schedule_free":
+                rule.nominal.beta = Decay(0.98).double()
         layout = Layout(tuple(build_chunks([Segment("0.weight", (3, 4), "0", "weight", missed=missed)], False)))
         state, current = rule.init_state(layout, start), start
         for gradient in gradients:
