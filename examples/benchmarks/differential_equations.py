@@ -1,6 +1,6 @@
 """Networks that solve differential equations (PINNs): GMNOptimizer against tuned optimizers, side by side.
 
-    python examples/benchmarks/differential_equations.py --equations poisson burgers --out differential_equations
+    python examples/benchmarks/differential_equations.py --equations poisson burgers transport --out differential_equations
 
 Their losses hold derivatives of the network, which the factors of single data points do not explain: the default
 weights leave them to their nominal term, whose bases come from the gradient itself. The loss that is measured is that
@@ -66,6 +66,16 @@ def allen_cahn(field: Field, inside: Tensor, edge: Tensor) -> Tensor:
     return residual.square().mean() + 10 * start.square().mean()
 
 
+def transport(field: Field, inside: Tensor, edge: Tensor) -> Tensor:
+    """Return the loss of ``u_t + u_x = 0.05 u_xx`` on the unit square, from a bump at t = 0, periodic in x."""
+    _, first, second = derivatives(field, inside)
+    residual = first[:, 1] + first[:, 0] - 0.05 * second[:, 0]
+    x, t, zeros = edge[:, 0], edge[:, 1], torch.zeros_like(edge[:, 0])
+    start = field(torch.stack([x, zeros], -1)) - torch.exp(-50 * (x - 0.3).square())
+    wrap = field(torch.stack([zeros, t], -1)) - field(torch.stack([zeros + 1, t], -1))
+    return residual.square().mean() + 10 * start.square().mean() + 10 * wrap.square().mean()
+
+
 class EquationTask(AbstractTask):
     """A tanh network that solves an equation at random points; for comparisons, not for meta-training.
 
@@ -121,10 +131,11 @@ class EquationTask(AbstractTask):
 
 
 def make_tasks(horizon: int) -> dict[str, AbstractTask]:
-    """Return the three tasks."""
+    """Return the tasks."""
     return {
         "poisson": EquationTask(poisson, (32, 32, 32), horizon),
         "burgers": EquationTask(burgers, (32, 32, 32), horizon),
+        "transport": EquationTask(transport, (40, 40, 40), horizon),
         "allen-cahn": EquationTask(allen_cahn, (48, 48), horizon),
     }
 
