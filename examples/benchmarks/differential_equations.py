@@ -1,6 +1,6 @@
 """Networks that solve differential equations (PINNs): GMNOptimizer against tuned optimizers, side by side.
 
-    python examples/benchmarks/differential_equations.py --equations poisson burgers transport --out differential_equations
+    python examples/benchmarks/differential_equations.py --equations poisson burgers --out equations
 
 Their losses hold derivatives of the network, which the factors of single data points do not explain: the default
 weights leave them to their nominal term, whose bases come from the gradient itself. The loss that is measured is that
