@@ -14,6 +14,7 @@ SMOKE = {
     "benchmarks/long_run.py": ["--smoke"],
     "benchmarks/kronecker_basis.py": ["--smoke"],
     "benchmarks/inner_steps.py": ["--unrolls", "2", "--steps", "2", "--rounds", "1"],
+    "benchmarks/differential_equations.py": ["--smoke"],
     "benchmarks/safety.py": ["--smoke", "--out", "{folder}/safety"],
 }
 
