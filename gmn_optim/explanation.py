@@ -128,19 +128,20 @@ class Routing:
 
     def _bases(self, groups: Groups) -> dict[str, str]:
         """Return by name what the basis of each trained parameter is made from, if the nominal term has bases."""
-        if not nominal_terms[self._config.nominal].uses_factors:
+        term = nominal_terms[self._config.nominal]
+        if not term.uses_factors:
             return {}
         names = name_parameters(self._model, groups)
         parameters = {names[id(p)]: p for p in parameters_in(groups) if p.requires_grad}
-        turns = self._config.nominal != "kronecker_schedule_free" or not bool(are_small(self._first_sizes(groups)))
+        turns = not (term.minds_small_weights and bool(are_small(self._first_sizes(groups))))
         return basis_sources(self._segments(groups, names), lambda name: self._of_layer(parameters[name]), turns)
 
     def _first_sizes(self, groups: Groups) -> Tensor:
         """Return the relative sizes of the matrices that have taken a step (n)."""
-        keys = {name: key for key, name in name_parameters(self._model, groups).items()}
-        matrices = find_matrices(self._segments(groups, name_parameters(self._model, groups)))
-        known = [matrix for matrix in matrices if keys[matrix.weight.name] in self._sizes]
-        return first_sizes(known, [self._sizes[keys[m.weight.name]] for m in known]) if known else torch.zeros(0)
+        names = name_parameters(self._model, groups)
+        sizes = {name: self._sizes[key] for key, name in names.items() if key in self._sizes}
+        known = [matrix for matrix in find_matrices(self._segments(groups, names)) if matrix.weight.name in sizes]
+        return first_sizes(known, [sizes[matrix.weight.name] for matrix in known]) if known else torch.zeros(0)
 
     def _weights(self, groups: Groups) -> dict[int, int]:
         """Return, for each weight that is no table and for its bias, the identity of the weight."""

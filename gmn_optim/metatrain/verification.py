@@ -98,6 +98,7 @@ def verify_outer_steps(card: WeightsCard, steps: int, progress: bool = False) ->
     Raises:
         InvalidArgumentError: the card records fewer outer steps, or none.
         UnknownNameError: no such family here.
+        WeightsError: the card lacks the rule or a setting of the run.
     """
     known = min(len(card.reproduction.get(key, [])) for key in ("losses", "gradient_norms"))
     if not card.family or not 1 <= steps <= known:
@@ -132,6 +133,8 @@ def trainer_config(card: WeightsCard) -> FamilyConfig:
 def _retrain(card: WeightsCard, folder: Path, steps: int, progress: bool) -> None:
     """Take the first outer steps of a card's run."""
     config = trainer_config(card)
+    if "rule" not in card.reproduction:
+        raise WeightsError(f"the card of {card.name} lacks the rule as it was meta-trained; export the run anew")
     # the card's own rule may hold what was chosen after meta-training
     rule = build_rule(RuleConfig.from_dict(card.reproduction["rule"]), seed=config.seed)
     trainer = FamilyTrainer(families[card.family](), rule, config, folder)

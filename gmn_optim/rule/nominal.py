@@ -79,11 +79,13 @@ class AbstractNominalTerm(nn.Module, ABC):
         default_alpha: A sensible step size where the configuration names none.
         buffers_per_parameter: How many tensors like the parameter the state holds.
         uses_factors: Whether it looks at the factors of each data point's gradient.
+        minds_small_weights: Whether networks most of whose weights are small by design keep the axes for bases.
     """
 
     default_alpha: float
     buffers_per_parameter: int
     uses_factors: bool = False
+    minds_small_weights: bool = False
 
     @abstractmethod
     def direction(

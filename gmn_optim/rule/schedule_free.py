@@ -65,6 +65,7 @@ class KroneckerScheduleFreeTerm(KroneckerAdamTerm):
 
     default_alpha = 0.012
     averages_gradients = False
+    minds_small_weights = True
 
     def __init__(self, refresh_every: int = 50, method: str = "eigh", follow_every: int = FOLLOW_EVERY) -> None:
         super().__init__(refresh_every, method, follow_every)

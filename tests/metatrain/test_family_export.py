@@ -159,6 +159,12 @@ def test_what_was_chosen_after_meta_training_does_not_reach_the_verification(wei
     assert all(row.matches for row in verify_outer_steps(card, 2))
 
 
+def test_a_card_without_the_rule_as_trained_is_refused(weights):
+    known = {key: value for key, value in weights.card.reproduction.items() if key != "rule"}
+    with pytest.raises(WeightsError, match="lacks the rule as it was meta-trained; export the run anew"):
+        verify_outer_steps(replace(weights.card, reproduction=known), 1)
+
+
 def test_norms_that_a_paused_run_kept_besides_are_left_out(tmp_path):
     make_trainer(tmp_path / "paused").run(until=2, progress=False)
     make_trainer(tmp_path / "paused").run(until=5, progress=False)
