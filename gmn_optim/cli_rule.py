@@ -45,6 +45,9 @@ def add_rule_options(group: Any) -> None:
     group.add_argument(
         "--largest-pace", type=float, default=default.largest_pace, help="logarithm of a controller's largest factor"
     )
+    group.add_argument(
+        "--annealing", type=float, default=default.annealing, help="steps in which a controller's bound falls by log 2"
+    )
     group.add_argument("--beta", type=float, default=default.beta, help="initial weight of the learned term")
 
 
@@ -74,4 +77,5 @@ def read_rule_options(options: argparse.Namespace) -> RuleConfig:
         follow_every=options.follow_every,
         setpoint=options.setpoint,
         largest_pace=options.largest_pace,
+        annealing=options.annealing,
     )

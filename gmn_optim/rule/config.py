@@ -34,6 +34,8 @@ class RuleConfig:
         setpoint: A controller starts as one that holds the mean cosine between gradients and steps of late at minus
             this; 0 to start as the nominal term.
         largest_pace: A controller multiplies steps by the exponential of this at most.
+        annealing: Steps in which that bound falls by log 2 in a model of two matrices, more in proportion to their
+            number, see :class:`gmn_optim.rule.controller.Controller`; 0 for a bound that stays.
         share: What a body in the eigenbasis writes is multiplied by it: 1 as meta-trained, 0 for the nominal term.
         least_size: A body in the eigenbasis leaves a model to the nominal term if one of its matrices is smaller at
             first (root mean square against torch's initialization, zeros excepted); 0 to serve all.
@@ -63,6 +65,7 @@ class RuleConfig:
     beta: float = 0.001
     setpoint: float = 0.0
     largest_pace: float = 0.8
+    annealing: float = 0.0
     share: float = 1.0
     least_size: float = 0.0
     guard: float = 1.0
@@ -91,6 +94,12 @@ class RuleConfig:
                     "setpoint",
                     self.setpoint,
                     self.setpoint == 0 or (self.body == "controller" and _is_positive(self.setpoint)),
+                    "0, or positive if the body is a controller",
+                ),
+                (
+                    "annealing",
+                    self.annealing,
+                    self.annealing == 0 or (self.body == "controller" and _is_positive(self.annealing)),
                     "0, or positive if the body is a controller",
                 ),
                 ("share", self.share, self.share == 0 or _is_positive(self.share), "0 or positive, at most 1e6"),

@@ -23,8 +23,11 @@ PROPORTION, ALLOWANCE = 0.3, 0.05
 RATE = 0.1
 """The pace, a logarithm, changes by at most so much for each step."""
 
-LEAST_PACE = -1.0
-"""Bound of the pace: steps are at least 0.37 times the nominal ones."""
+LEAST_PACE, LEAST_BOUND = -1.0, -1.5
+"""Bounds of the pace: steps are at least 0.37 times the nominal ones, or 0.22 times once the falling bound is there."""
+
+USUAL_MATRICES = 2
+"""Matrices of a model in which the bound falls as fast as is said."""
 
 RANGES = (8, 256, 64), (8, 256, 32), (1, 8, 2)
 """Least and largest inputs, outputs and number of matrices that meta-training sees, beyond which a number counts as
@@ -49,6 +52,10 @@ class Controller(AbstractMatrixBody):
     sizes. All of it stays as it is when hidden bases are rotated, and under any order of data points. A single row
     shows no noise, and leaves the pace as it is. Before any meta-training f is zero.
 
+    With annealing over T steps, steps are at most those of the pace ``b - log(1 + t / T')`` at step t, b being the
+    largest pace and ``T' = T n / 2`` in a model of n matrices: where inputs are many, the cosine drowns in noise and
+    tells no longer that steps are too long.
+
     Args:
         width: Hidden channels of the MLP.
         gradmetanet: None.
@@ -70,19 +77,20 @@ class Controller(AbstractMatrixBody):
 
     def __init__(self, width: int, gradmetanet: GradMetaNetConfig | None, data_points: int, share: float = 1.0) -> None:
         super().__init__()
-        self.share, self.largest_pace = share, 0.8
+        self.share, self.largest_pace, self.annealing = share, 0.8, 0.0
         self.linear = nn.Linear(CHANNELS, 1)
         self.hidden = nn.Linear(CHANNELS, width)
         self.output = nn.Linear(width, 1, bias=False)
         for parameter in (*self.linear.parameters(), *self.output.parameters()):
             nn.init.zeros_(parameter)
 
-    def set_up(self, setpoint: float, largest_pace: float) -> None:
+    def set_up(self, setpoint: float, largest_pace: float, annealing: float = 0.0) -> None:
         """Bound the pace and, with a setpoint, hold the mean cosine at minus that: faster above it, slower below.
 
-        Where the gradients of data points agree, steps that overshoot a little do no harm, so the value is lower there.
+        With annealing over so many steps the bound falls. Where the gradients of data points agree, steps that
+        overshoot a little do no harm, so the cosine is held at a lower value there.
         """
-        self.largest_pace = largest_pace
+        self.largest_pace, self.annealing = largest_pace, annealing
         if setpoint:
             with torch.no_grad():
                 self.linear.weight[0, MEAN_COSINE], self.linear.weight[0, MEAN_RATIO] = PROPORTION, ALLOWANCE
@@ -99,15 +107,19 @@ class Controller(AbstractMatrixBody):
         outputs = self.linear(features) + self.output(self.hidden(features).relu())
         change = RATE * _gaps(turned, outputs) * torch.tanh(OUTPUT_SPEED * outputs.squeeze(-1))
         pace = (memories[:, 0] + change).clamp(LEAST_PACE, self.largest_pace)
-        return self._changes(torch.cat([pace.unsqueeze(-1), memories[:, 1:]], dim=-1))
+        return self._changes(torch.cat([pace.unsqueeze(-1), memories[:, 1:]], dim=-1), _ages(turned), matrices)
 
     def hold(self, turned: Sequence[Coordinates]) -> list[MatrixChange]:
         """Return the gains of the newest look; cosines are followed at every step."""
-        return self._changes(_align(turned))
+        return self._changes(_align(turned), _ages(turned), len(turned))
 
-    def _changes(self, memories: Tensor) -> list[MatrixChange]:
-        """Return what memories (n, 3) make of their matrices."""
-        gains = torch.expm1(self.share * memories[:, 0])
+    def _changes(self, memories: Tensor, ages: Tensor, matrices: int) -> list[MatrixChange]:
+        """Return what memories (n, 3) make of their matrices, some of a model's, at some ages (n)."""
+        pace = memories[:, 0]
+        if self.annealing:
+            fallen = torch.log1p(ages * (USUAL_MATRICES / (self.annealing * matrices)))
+            pace = torch.minimum(pace, (self.largest_pace - fallen).clamp_min(LEAST_BOUND))
+        gains = torch.expm1(self.share * pace)
         return [MatrixChange(*each) for each in zip(gains.unbind(), memories.unbind(), strict=True)]
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gmn_optim.rule.basis import init_basis
-from gmn_optim.rule.controller import LEAST_PACE, RATE, Controller
+from gmn_optim.rule.controller import LEAST_BOUND, LEAST_PACE, RATE, Controller
 from gmn_optim.rule.coordinates import Coordinates, TurnedRows
 from gmn_optim.rule.layout import Layout, Segment, build_chunks
 from tests import reference
@@ -108,6 +108,19 @@ def test_the_pace_has_bounds(bias: float, bound: float) -> None:
     for age in range(1, 60):
         memory = look(body, see(age, memory))[1]
     assert memory[0].item() == bound
+
+
+@pytest.mark.parametrize(
+    ("pace", "age", "wanted"), [(0.4, 30, 0.4 - math.log(1.3)), (-0.6, 30, -0.6), (0.4, 1e6, LEAST_BOUND)]
+)
+def test_with_annealing_the_largest_pace_falls(pace: float, age: int, wanted: float) -> None:
+    body, memory = make_body(), torch.tensor([pace, 0.0, 0.0]).double()
+    body.set_up(0.0, largest_pace=0.4, annealing=50.0)
+    each = see(age, memory)
+    ((looked, after),) = body([each], [draw(1, 4, 3)], 4, ALPHA)
+    held = body.hold([each] * 4)[3].gain
+    assert looked.item() == pytest.approx(math.expm1(wanted)) == held.item()
+    assert after[0].item() == pytest.approx(pace)
 
 
 def test_without_meta_training_the_nominal_step_stays() -> None:
