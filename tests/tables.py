@@ -384,6 +384,7 @@ TASKS: dict[str, TaskCase] = {
     "validation-fmnist12-inpainting": TaskCase(_mlp(72, 64, 64, 64, 72), [(50, 72), (50, 72)], lr=0.01),
     "validation-hubble-siren": TaskCase(_mlp(2, 48, 48, 3), [(200, 2), (200, 3)], lr=0.001),
     "validation-carroll-transformer": TaskCase(_transformer(49, 40, 1, 40), [(16, 40), (16, 40)], lr=0.01),
+    "validation-carroll-windows-mlp": TaskCase(_mlp(392, 128, 49), [(100, 392), (100,)], lr=0.003),
     "mnist-mlp-784-128": TaskCase(_mlp(784, 128, 10), [(128, 784), (128,)], lr=0.003),
     "mnist14-mlp-64-64-64-64": TaskCase(_mlp(196, 64, 64, 64, 64, 10), [(128, 196), (128,)], lr=0.01),
     "mnist8-mlp-32": TaskCase(_mlp(64, 32, 10), [(128, 64), (128,)], lr=0.01),

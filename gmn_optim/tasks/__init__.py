@@ -28,3 +28,4 @@ from gmn_optim.tasks.image_regression import InpaintingTask as InpaintingTask
 from gmn_optim.tasks.supervised import SupervisedTask as SupervisedTask
 from gmn_optim.tasks.supervised import Variation as Variation
 from gmn_optim.tasks.tabular_mlp import TabularMLPTask as TabularMLPTask
+from gmn_optim.tasks.window_mlp import WindowMLPTask as WindowMLPTask

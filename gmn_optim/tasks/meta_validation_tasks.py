@@ -19,6 +19,7 @@ from gmn_optim.tasks.image_regression import AutoencoderTask, InpaintingTask
 from gmn_optim.tasks.named_tasks import Builder, register_tasks
 from gmn_optim.tasks.resizing import resize_images
 from gmn_optim.tasks.tabular_mlp import TabularMLPTask
+from gmn_optim.tasks.window_mlp import WindowMLPTask
 
 
 @functools.lru_cache(maxsize=4)
@@ -52,6 +53,7 @@ META_VALIDATION_TASKS: dict[str, Builder] = {
     "validation-fmnist12-inpainting": lambda _: InpaintingTask(validation_images(12), (64, 64, 64), 50),
     "validation-hubble-siren": lambda _: ImageFitTask(load_photograph("hubble"), (48, 48), batch_size=200),
     "validation-carroll-transformer": lambda _: ByteTransformerTask(load_text("carroll"), width=40, context=40),
+    "validation-carroll-windows-mlp": lambda _: WindowMLPTask(load_text("carroll")),
 }
 """What makes each of them, by name."""
 

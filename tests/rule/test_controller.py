@@ -111,7 +111,7 @@ def test_the_pace_has_bounds(bias: float, bound: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pace", "age", "wanted"), [(0.4, 30, 0.4 - math.log(1.3)), (-0.6, 30, -0.6), (0.4, 1e6, LEAST_BOUND)]
+    ("pace", "age", "wanted"), [(0.4, 30, 0.4 - math.log(1.3)), (-0.6, 30, -0.6), (0.4, 1_000_000, LEAST_BOUND)]
 )
 def test_with_annealing_the_largest_pace_falls(pace: float, age: int, wanted: float) -> None:
     body, memory = make_body(), torch.tensor([pace, 0.0, 0.0]).double()

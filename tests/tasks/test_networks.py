@@ -9,6 +9,7 @@ from gmn_optim.tasks.datasets import load_fashion_mnist_8x8, load_photograph, lo
 from gmn_optim.tasks.image_cnn import ImageCNNTask, build_cnn
 from gmn_optim.tasks.image_fit import ImageFitTask, all_pixels, fourier_features, pixel_places
 from gmn_optim.tasks.image_mlp import ImageMLPTask
+from gmn_optim.tasks.window_mlp import WindowMLPTask
 
 
 def test_transformers_do_not_look_ahead(seeded: None) -> None:
@@ -35,6 +36,23 @@ def test_windows_follow_the_text() -> None:
 def test_transformers_that_do_not_fit_are_refused(options: dict) -> None:
     with pytest.raises(InvalidArgumentError, match="expected heads that divide"):
         ByteTransformerTask(**{"text": load_text("carroll"), "width": 16} | options)
+
+
+def test_windows_are_one_input_for_each_place_and_symbol() -> None:
+    text = torch.arange(49, dtype=torch.uint8).repeat(40)
+    task = WindowMLPTask(text, window=3, batch_size=5)
+    inputs, following = task.sample_batch(torch.Generator(), (2,))
+    on = inputs.unflatten(-1, (3, 49)).max(-1)
+    assert torch.equal((on.indices + torch.tensor([3, 2, 1])) % 49, following.unsqueeze(-1).expand(2, 5, 3))
+    standard = torch.nn.functional.one_hot(torch.arange(49), 49).sub(1 / 49).mul(49 / 48**0.5)
+    torch.testing.assert_close(inputs[0, 0, :49], standard[on.indices[0, 0, 0]].float())
+    validation, test = task.held_out("validation")[1], task.held_out("test")[1]
+    assert torch.equal(validation[:9], text[-193:-184].long()) and torch.equal(test[:9], text[-95:-86].long())
+
+
+def test_windows_need_a_text() -> None:
+    with pytest.raises(InvalidArgumentError, match="100 symbols; expected a text of more than 160"):
+        WindowMLPTask(load_text("carroll")[:100])
 
 
 @pytest.mark.parametrize("downsampling", ["stride", "max", "average"])
