@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from gmn_optim.constants import constant
 from gmn_optim.nn.gradmetanet import GradMetaNetConfig
 from gmn_optim.rule.body import AbstractMatrixBody, MatrixChange, bodies
 from gmn_optim.rule.coordinates import Coordinates
@@ -26,8 +27,9 @@ RATE = 0.1
 LEAST_PACE, LEAST_BOUND = -1.0, -1.5
 """Bounds of the pace: steps are at least 0.37 times the nominal ones, or 0.22 times once the falling bound is there."""
 
-USUAL_MATRICES = 2
-"""Matrices of a model in which the bound falls as fast as is said."""
+USUAL_MATRICES, USUAL_INPUTS, INPUT_RANGE = 2, 200, (50, 500)
+"""Matrices of a model, and inputs of a matrix, with which the bound falls as fast as is said; least and most inputs,
+beyond which a number counts as these."""
 
 RANGES = (8, 256, 64), (8, 256, 32), (1, 8, 2)
 """Least and largest inputs, outputs and number of matrices that meta-training sees, beyond which a number counts as
@@ -53,8 +55,8 @@ class Controller(AbstractMatrixBody):
     shows no noise, and leaves the pace as it is. Before any meta-training f is zero.
 
     With annealing over T steps, steps are at most those of the pace ``b - log(1 + t / T')`` at step t, b being the
-    largest pace and ``T' = T n / 2`` in a model of n matrices: where inputs are many, the cosine drowns in noise and
-    tells no longer that steps are too long.
+    largest pace and ``T' = T (n / 2) (200 / i)`` for a matrix of i inputs among n matrices: where inputs are many, the
+    cosine drowns in noise and tells no longer that steps are too long.
 
     Args:
         width: Hidden channels of the MLP.
@@ -107,17 +109,18 @@ class Controller(AbstractMatrixBody):
         outputs = self.linear(features) + self.output(self.hidden(features).relu())
         change = RATE * _gaps(turned, outputs) * torch.tanh(OUTPUT_SPEED * outputs.squeeze(-1))
         pace = (memories[:, 0] + change).clamp(LEAST_PACE, self.largest_pace)
-        return self._changes(torch.cat([pace.unsqueeze(-1), memories[:, 1:]], dim=-1), _ages(turned), matrices)
+        return self._changes(torch.cat([pace.unsqueeze(-1), memories[:, 1:]], dim=-1), turned, matrices)
 
     def hold(self, turned: Sequence[Coordinates]) -> list[MatrixChange]:
         """Return the gains of the newest look; cosines are followed at every step."""
-        return self._changes(_align(turned), _ages(turned), len(turned))
+        return self._changes(_align(turned), turned, len(turned))
 
-    def _changes(self, memories: Tensor, ages: Tensor, matrices: int) -> list[MatrixChange]:
-        """Return what memories (n, 3) make of their matrices, some of a model's, at some ages (n)."""
+    def _changes(self, memories: Tensor, turned: Sequence[Coordinates], matrices: int) -> list[MatrixChange]:
+        """Return what memories (n, 3) make of these among all matrices."""
         pace = memories[:, 0]
         if self.annealing:
-            fallen = torch.log1p(ages * (USUAL_MATRICES / (self.annealing * matrices)))
+            rates = _rates(tuple(each.matrix.inputs for each in turned), matrices, pace.dtype, pace.device)
+            fallen = torch.log1p(_ages(turned) * rates / self.annealing)
             pace = torch.minimum(pace, (self.largest_pace - fallen).clamp_min(LEAST_BOUND))
         gains = torch.expm1(self.share * pace)
         return [MatrixChange(*each) for each in zip(gains.unbind(), memories.unbind(), strict=True)]
@@ -195,3 +198,11 @@ def _cosines(ones: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
 def _square(values: Tensor) -> Tensor:
     """Return the squared length of a tensor as a vector ()."""
     return sum_of_products([values], [values])
+
+
+@constant()
+def _rates(inputs: tuple[int, ...], matrices: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return for each matrix how fast its bound falls, against the usual (n)."""
+    low, high = INPUT_RANGE
+    rates = [min(max(n, low), high) / USUAL_INPUTS * USUAL_MATRICES / matrices for n in inputs]
+    return torch.tensor(rates, dtype=dtype, device=device)

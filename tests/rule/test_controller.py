@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gmn_optim.rule.basis import init_basis
-from gmn_optim.rule.controller import LEAST_BOUND, LEAST_PACE, RATE, Controller
+from gmn_optim.rule.controller import LEAST_BOUND, LEAST_PACE, RATE, Controller, _rates
 from gmn_optim.rule.coordinates import Coordinates, TurnedRows
 from gmn_optim.rule.layout import Layout, Segment, build_chunks
 from tests import reference
@@ -111,7 +111,7 @@ def test_the_pace_has_bounds(bias: float, bound: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pace", "age", "wanted"), [(0.4, 30, 0.4 - math.log(1.3)), (-0.6, 30, -0.6), (0.4, 1_000_000, LEAST_BOUND)]
+    ("pace", "age", "wanted"), [(0.4, 80, 0.4 - math.log(1.2)), (-0.6, 30, -0.6), (0.4, 1_000_000, LEAST_BOUND)]
 )
 def test_with_annealing_the_largest_pace_falls(pace: float, age: int, wanted: float) -> None:
     body, memory = make_body(), torch.tensor([pace, 0.0, 0.0]).double()
@@ -121,6 +121,11 @@ def test_with_annealing_the_largest_pace_falls(pace: float, age: int, wanted: fl
     held = body.hold([each] * 4)[3].gain
     assert looked.item() == pytest.approx(math.expm1(wanted)) == held.item()
     assert after[0].item() == pytest.approx(pace)
+
+
+def test_the_largest_pace_falls_sooner_with_many_inputs_and_later_in_deep_models() -> None:
+    assert _rates((1, 200, 400, 9_000), 2, torch.float64, torch.device("cpu")).tolist() == [0.25, 1.0, 2.0, 2.5]
+    assert _rates((200,), 8, torch.float64, torch.device("cpu")).tolist() == [0.25]
 
 
 def test_without_meta_training_the_nominal_step_stays() -> None:
