@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gmn_optim.constants import constant
 from gmn_optim.neurons import NeuronSpaces
 from gmn_optim.rule import Chunk
 from gmn_optim.rule.update import ChunkUpdate
@@ -140,10 +141,10 @@ def _tabulate(fields: Sequence[str], rows: Sequence[tuple[object, ...]]) -> str:
 
 
 class MeasuredChunk(NamedTuple):
-    """Per parameter of a chunk, the means of step^2, gradient^2 and step * gradient (segments, 3), and its lr."""
+    """Per parameter of a chunk, the sums of step^2, gradient^2 and step * gradient (segments, 3), and its lr."""
 
     chunk: Chunk
-    means: Tensor
+    sums: Tensor
     lrs: Sequence[float | Tensor]
 
 
@@ -153,14 +154,13 @@ LARGE = 4_096
 
 def measure_chunk(chunk: Chunk, update: ChunkUpdate, gradient: Tensor, lrs: Sequence[float | Tensor]) -> MeasuredChunk:
     """Return the measures of a chunk's newest step, without a transfer to the host."""
-    pairs = [(update.step, update.step), (gradient, gradient), (update.step, gradient)]
+    step = update.step
     if chunk.size >= LARGE * len(chunk.segments):
-        parts = [zip(*(flat.split(chunk.sizes) for flat in pair), strict=True) for pair in pairs]
-        sums = torch.stack([torch.stack([torch.dot(*two) for two in each]) for each in parts], dim=-1)
-        means = sums / sums.new_tensor(chunk.sizes).unsqueeze(-1)
-    else:
-        means = chunk.mean_per_segment(torch.stack([one * other for one, other in pairs], dim=-1))
-    return MeasuredChunk(chunk, means, lrs)
+        pairs = zip(step.split(chunk.sizes), gradient.split(chunk.sizes), strict=True)
+        products = [torch.dot(*two) for one, other in pairs for two in ((one, one), (other, other), (one, other))]
+        return MeasuredChunk(chunk, torch.stack(products).view(-1, 3), lrs)
+    means = chunk.mean_per_segment(torch.stack([step.square(), gradient.square(), step * gradient], dim=-1))
+    return MeasuredChunk(chunk, means * _counts(chunk.sizes, means.dtype, means.device), lrs)
 
 
 @dataclass
@@ -205,8 +205,15 @@ class StepLog:
     def _newest(self) -> dict[str, tuple[float, float]]:
         """Return root mean square and cosine of each parameter's newest step."""
         newest = {}
-        for chunk, means, lrs in self.measured:
-            for segment, (step, gradient, product), lr in zip(chunk.segments, means.tolist(), lrs, strict=True):
+        for chunk, sums, lrs in self.measured:
+            for segment, (step, gradient, product), lr in zip(chunk.segments, sums.tolist(), lrs, strict=True):
                 scale = (step * gradient) ** 0.5
-                newest[segment.name] = (step**0.5 * float(lr), product / scale if scale > 0 else 0.0)
+                size = (step / max(segment.size, 1)) ** 0.5
+                newest[segment.name] = (size * float(lr), product / scale if scale > 0 else 0.0)
         return newest
+
+
+@constant()
+def _counts(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the number of elements of each segment (s, 1)."""
+    return torch.tensor(sizes, dtype=dtype, device=device).unsqueeze(-1)
