@@ -10,6 +10,7 @@ from gmn_optim.nn.product import FeatureRun
 from gmn_optim.registry import Registry
 from gmn_optim.rule.coordinates import Coordinates
 from gmn_optim.rule.features import TIME_SCALES
+from gmn_optim.rule.matrices import Matrix
 
 bodies: Registry[type[nn.Module]] = Registry("body")
 """Those that read parameters, :class:`AbstractBody`, and those that read matrices, :class:`AbstractMatrixBody`."""
@@ -57,14 +58,14 @@ class AbstractMatrixBody(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, turned: Sequence[Coordinates], parameters: Sequence[Tensor], matrices: int, alpha: Tensor
+        self, turned: Sequence[Coordinates], parameters: Sequence[Tensor], matrices: Sequence[Matrix], alpha: Tensor
     ) -> list[MatrixChange]:
         """Return what a look at the factors makes of each matrix.
 
         Args:
             turned: Matrices whose gradients factors explain, each in its bases.
             parameters: Of each, in their own coordinates (groups, o, i).
-            matrices: Number of matrices of the model.
+            matrices: All matrices of the model.
             alpha: Step size ().
         """
 
@@ -73,7 +74,7 @@ class AbstractMatrixBody(nn.Module, ABC):
 
     @abstractmethod
     def hold(self, turned: Sequence[Coordinates]) -> list[MatrixChange]:
-        """Return what is made of each matrix between two looks."""
+        """Return what is made of each matrix between two looks, given all matrices of the model."""
 
 
 @bodies.register("ds")

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from gmn_optim.constants import constant
 from gmn_optim.nn.gradmetanet import GradMetaNetConfig
 from gmn_optim.rule.body import AbstractMatrixBody, MatrixChange, bodies
 from gmn_optim.rule.coordinates import Coordinates
 from gmn_optim.rule.features import root, sum_of_products
+from gmn_optim.rule.matrices import Matrix
 from gmn_optim.rule.nominal import LEAST_SQUARE
 
 CHANNELS = 11
@@ -28,8 +28,8 @@ LEAST_PACE, LEAST_BOUND = -1.0, -1.5
 """Bounds of the pace: steps are at least 0.37 times the nominal ones, or 0.22 times once the falling bound is there."""
 
 USUAL_MATRICES, USUAL_INPUTS, INPUT_RANGE = 2, 200, (50, 500)
-"""Matrices of a model, and inputs of a matrix, with which the bound falls as fast as is said; least and most inputs,
-beyond which a number counts as these."""
+"""Matrices of a model, and most inputs of one of them, with which the bound falls as fast as is said; least and most,
+beyond which a number of inputs counts as these."""
 
 RANGES = (8, 256, 64), (8, 256, 32), (1, 8, 2)
 """Least and largest inputs, outputs and number of matrices that meta-training sees, beyond which a number counts as
@@ -55,8 +55,8 @@ class Controller(AbstractMatrixBody):
     shows no noise, and leaves the pace as it is. Before any meta-training f is zero.
 
     With annealing over T steps, steps are at most those of the pace ``b - log(1 + t / T')`` at step t, b being the
-    largest pace and ``T' = T (n / 2) (200 / i)`` for a matrix of i inputs among n matrices: where inputs are many, the
-    cosine drowns in noise and tells no longer that steps are too long.
+    largest pace and ``T' = T (n / 2) (200 / i)`` in a model of n matrices with i inputs at most: where inputs are many,
+    the cosine drowns in noise and tells no longer that steps are too long.
 
     Args:
         width: Hidden channels of the MLP.
@@ -99,12 +99,12 @@ class Controller(AbstractMatrixBody):
                 self.linear.bias.fill_(PROPORTION * COSINE_SCALE * setpoint)
 
     def forward(
-        self, turned: Sequence[Coordinates], parameters: Sequence[Tensor], matrices: int, alpha: Tensor
+        self, turned: Sequence[Coordinates], parameters: Sequence[Tensor], matrices: Sequence[Matrix], alpha: Tensor
     ) -> list[MatrixChange]:
         """Return gains () and memories (3), see :class:`AbstractMatrixBody`."""
         memories = _look(turned)
         pairs = zip(turned, parameters, strict=True)
-        sizes = torch.stack([_size_features(each, own, matrices, alpha) for each, own in pairs])
+        sizes = torch.stack([_size_features(each, own, len(matrices), alpha) for each, own in pairs])
         features = torch.cat([_controls(memories), sizes], dim=-1)
         outputs = self.linear(features) + self.output(self.hidden(features).relu())
         change = RATE * _gaps(turned, outputs) * torch.tanh(OUTPUT_SPEED * outputs.squeeze(-1))
@@ -113,14 +113,15 @@ class Controller(AbstractMatrixBody):
 
     def hold(self, turned: Sequence[Coordinates]) -> list[MatrixChange]:
         """Return the gains of the newest look; cosines are followed at every step."""
-        return self._changes(_align(turned), turned, len(turned))
+        return self._changes(_align(turned), turned, [each.matrix for each in turned])
 
-    def _changes(self, memories: Tensor, turned: Sequence[Coordinates], matrices: int) -> list[MatrixChange]:
+    def _changes(
+        self, memories: Tensor, turned: Sequence[Coordinates], matrices: Sequence[Matrix]
+    ) -> list[MatrixChange]:
         """Return what memories (n, 3) make of these among all matrices."""
         pace = memories[:, 0]
         if self.annealing:
-            rates = _rates(tuple(each.matrix.inputs for each in turned), matrices, pace.dtype, pace.device)
-            fallen = torch.log1p(_ages(turned) * rates / self.annealing)
+            fallen = torch.log1p(_ages(turned) * (_annealing_rate(matrices) / self.annealing))
             pace = torch.minimum(pace, (self.largest_pace - fallen).clamp_min(LEAST_BOUND))
         gains = torch.expm1(self.share * pace)
         return [MatrixChange(*each) for each in zip(gains.unbind(), memories.unbind(), strict=True)]
@@ -200,9 +201,8 @@ def _square(values: Tensor) -> Tensor:
     return sum_of_products([values], [values])
 
 
-@constant()
-def _rates(inputs: tuple[int, ...], matrices: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return for each matrix how fast its bound falls, against the usual (n)."""
+def _annealing_rate(matrices: Sequence[Matrix]) -> float:
+    """Return how fast the bound of the pace falls in a model, against the usual; of a table only one row acts."""
     low, high = INPUT_RANGE
-    rates = [min(max(n, low), high) / USUAL_INPUTS * USUAL_MATRICES / matrices for n in inputs]
-    return torch.tensor(rates, dtype=dtype, device=device)
+    inputs = max((matrix.inputs for matrix in matrices if matrix.weight.role != "table"), default=USUAL_INPUTS)
+    return min(max(inputs, low), high) / USUAL_INPUTS * USUAL_MATRICES / len(matrices)

@@ -12,6 +12,7 @@ from gmn_optim.rule.body import AbstractMatrixBody, MatrixChange, bodies
 from gmn_optim.rule.coordinates import Coordinates
 from gmn_optim.rule.eigen_features import COORDINATE_CHANNELS, LAYER_CHANNELS, coordinate_features, layer_features
 from gmn_optim.rule.eigen_neurons import NEURON_CHANNELS, SET_CHANNELS, gather_eigen_neurons
+from gmn_optim.rule.matrices import Matrix
 
 OUTPUT_SPEED = 2.0
 """Outputs are multiplied by this, so that a perturbation in meta-training is felt."""
@@ -63,12 +64,12 @@ class EigenbasisBody(AbstractMatrixBody):
             self.from_inputs, self.from_outputs = (nn.Linear(gradmetanet.width, width, bias=False) for _ in range(2))
 
     def forward(
-        self, turned: Sequence[Coordinates], parameters: Sequence[Tensor], matrices: int, alpha: Tensor
+        self, turned: Sequence[Coordinates], parameters: Sequence[Tensor], matrices: Sequence[Matrix], alpha: Tensor
     ) -> list[MatrixChange]:
         """Return what is added to each step, as a share of it (groups, o, i), see :class:`AbstractMatrixBody`."""
         around = self._around(turned)
         return [
-            MatrixChange(self._gain(each, layer_features(each, own, matrices), sides), each.basis.memory)
+            MatrixChange(self._gain(each, layer_features(each, own, len(matrices)), sides), each.basis.memory)
             for each, own, sides in zip(turned, parameters, around, strict=True)
         ]
 

@@ -69,7 +69,7 @@ class EigenbasisSteps:
         self._is_known = self._knows(turned)
         served = [each for each in turned if self._serves(each)]
         own = [each.matrix.gather(self.pieces) for each in served]
-        found = iter(self.body(served, own, len(turned), self.alpha) if served else [])
+        found = iter(self.body(served, own, [each.matrix for each in turned], self.alpha) if served else [])
         return [self._allowed(next(found)) if self._serves(each) else self._nothing(each) for each in turned]
 
     def _allowed(self, change: MatrixChange) -> MatrixChange:

@@ -52,7 +52,7 @@ def turn(side: Tensor, values: Tensor) -> Tensor:
         True
     """
     if is_square(side):
-        return values @ side
+        return torch.bmm(values, side)
     left, right = side.chunk(2, dim=-1)
     return values + (values @ left) @ right.mT
 
@@ -60,7 +60,7 @@ def turn(side: Tensor, values: Tensor) -> Tensor:
 def turn_back(side: Tensor, values: Tensor) -> Tensor:
     """Return rows (groups, r, n) that are given in the coordinates of a side's basis, ``values Q^T``."""
     if is_square(side):
-        return values @ side.mT
+        return torch.bmm(values, side.mT)
     left, right = side.chunk(2, dim=-1)
     return values + (values @ right) @ left.mT
 
@@ -71,7 +71,7 @@ def turn_columns(side: Tensor, values: Tensor) -> Tensor:
     The same as :meth:`turn` of the transpose, but the result lies in memory as later steps read it.
     """
     if is_square(side):
-        return side.mT @ values
+        return torch.bmm(side.mT, values)
     left, right = side.chunk(2, dim=-1)
     return values + right @ (left.mT @ values)
 
@@ -79,7 +79,7 @@ def turn_columns(side: Tensor, values: Tensor) -> Tensor:
 def turn_columns_back(side: Tensor, values: Tensor) -> Tensor:
     """Return columns (groups, n, c) that are given in the coordinates of a side's basis, ``Q values``."""
     if is_square(side):
-        return side @ values
+        return torch.bmm(side, values)
     left, right = side.chunk(2, dim=-1)
     return values + left @ (right.mT @ values)
 

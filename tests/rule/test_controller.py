@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from gmn_optim.rule.basis import init_basis
-from gmn_optim.rule.controller import LEAST_BOUND, LEAST_PACE, RATE, Controller, _rates
+from gmn_optim.rule.controller import LEAST_BOUND, LEAST_PACE, RATE, Controller, _annealing_rate
 from gmn_optim.rule.coordinates import Coordinates, TurnedRows
 from gmn_optim.rule.layout import Layout, Segment, build_chunks
 from tests import reference
 
 LAYOUT = Layout(tuple(build_chunks([Segment("0.weight", (4, 3), "0", "weight")], True)))
 (MATRIX,) = LAYOUT.matrices
+MODEL = [MATRIX] * 2
 ALPHA = torch.tensor(0.01, dtype=torch.float64)
 
 
@@ -47,7 +48,7 @@ def see(age: int, memory: Tensor, average: Tensor | None = None, gap: float = 1.
 
 def look(body: Controller, each: Coordinates) -> tuple[Tensor, Tensor]:
     """Return gain and memory of one matrix."""
-    ((gain, memory),) = body([each], [draw(1, 4, 3, seed=5)], 2, ALPHA)
+    ((gain, memory),) = body([each], [draw(1, 4, 3, seed=5)], MODEL, ALPHA)
     return gain, memory
 
 
@@ -117,15 +118,24 @@ def test_with_annealing_the_largest_pace_falls(pace: float, age: int, wanted: fl
     body, memory = make_body(), torch.tensor([pace, 0.0, 0.0]).double()
     body.set_up(0.0, largest_pace=0.4, annealing=50.0)
     each = see(age, memory)
-    ((looked, after),) = body([each], [draw(1, 4, 3)], 4, ALPHA)
+    ((looked, after),) = body([each], [draw(1, 4, 3)], [MATRIX] * 4, ALPHA)
     held = body.hold([each] * 4)[3].gain
     assert looked.item() == pytest.approx(math.expm1(wanted)) == held.item()
     assert after[0].item() == pytest.approx(pace)
 
 
-def test_the_largest_pace_falls_sooner_with_many_inputs_and_later_in_deep_models() -> None:
-    assert _rates((1, 200, 400, 9_000), 2, torch.float64, torch.device("cpu")).tolist() == [0.25, 1.0, 2.0, 2.5]
-    assert _rates((200,), 8, torch.float64, torch.device("cpu")).tolist() == [0.25]
+@pytest.mark.parametrize(
+    ("widths", "rate"), [((3, 4, 2), 0.25), ((100, 200, 10), 1.0), ((9_000, 8, 2), 2.5), ((200, *(8,) * 8), 0.25)]
+)
+def test_the_largest_pace_falls_sooner_with_many_inputs_and_later_in_deep_models(widths: tuple, rate: float) -> None:
+    shapes = list(zip(widths[1:], widths[:-1], strict=True))
+    layers = [Segment(f"{n}.weight", shape, str(n), "weight") for n, shape in enumerate(shapes)]
+    assert _annealing_rate(Layout(tuple(build_chunks(layers, True))).matrices) == rate
+
+
+def test_a_table_is_not_wide() -> None:
+    table = Segment("0.weight", (5, 600), "0", "table")
+    assert _annealing_rate(Layout(tuple(build_chunks([table], True))).matrices) == 2.0
 
 
 def test_without_meta_training_the_nominal_step_stays() -> None:
@@ -154,6 +164,10 @@ def test_with_a_setpoint_it_holds_the_cosine_there() -> None:
     body.set_up(0.02, largest_pace=0.8)
     memory = torch.tensor([0.0, -0.02, 0.0]).double()
     each = see(9, memory, average=torch.zeros(1, 4, 3).double())
-    ((_, above),) = body([each._replace(basis=each.basis._replace(memory=memory + 0.05))], [draw(1, 4, 3)], 2, ALPHA)
-    ((_, below),) = body([each._replace(basis=each.basis._replace(memory=memory - 0.05))], [draw(1, 4, 3)], 2, ALPHA)
+    ((_, above),) = body(
+        [each._replace(basis=each.basis._replace(memory=memory + 0.05))], [draw(1, 4, 3)], MODEL, ALPHA
+    )
+    ((_, below),) = body(
+        [each._replace(basis=each.basis._replace(memory=memory - 0.05))], [draw(1, 4, 3)], MODEL, ALPHA
+    )
     assert above[0] > 0.05 and below[0] < -0.05

@@ -55,7 +55,7 @@ def make_body(with_network: bool) -> EigenbasisBody:
 
 def gains(body: EigenbasisBody, each: Coordinates) -> Tensor:
     """Return what a body makes of a matrix (1, 4, 3)."""
-    (change,) = body([each], [draw(1, 4, 3, seed=5)], 2, torch.tensor(0.01).double())
+    (change,) = body([each], [draw(1, 4, 3, seed=5)], [MATRIX] * 2, torch.tensor(0.01).double())
     return change.gain
 
 
