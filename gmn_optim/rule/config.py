@@ -34,8 +34,9 @@ class RuleConfig:
         setpoint: A controller starts as one that holds the mean cosine between gradients and steps of late at minus
             this; 0 to start as the nominal term.
         largest_pace: A controller multiplies steps by the exponential of this at most.
-        annealing: Steps in which that bound falls by log 2 in a model of two matrices with 200 inputs at most, fewer for more
-            inputs, more for more matrices, see :class:`gmn_optim.rule.controller.Controller`; 0 for one that stays.
+        annealing: Steps in which that bound falls by log 2 in a model of two matrices with 200 inputs at most; fewer
+            for more inputs, more for more matrices, see :class:`gmn_optim.rule.controller.Controller`. 0 for one that
+            stays.
         share: What a body in the eigenbasis writes is multiplied by it: 1 as meta-trained, 0 for the nominal term.
         least_size: A body in the eigenbasis leaves a model to the nominal term if one of its matrices is smaller at
             first (root mean square against torch's initialization, zeros excepted); 0 to serve all.
