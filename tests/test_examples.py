@@ -12,6 +12,7 @@ SMOKE = {
     "custom_layer.py": [],
     "benchmarks/step_cost.py": ["--smoke", "--rounds", "1"],
     "benchmarks/long_run.py": ["--smoke"],
+    "benchmarks/annealing.py": ["--smoke"],
     "benchmarks/kronecker_basis.py": ["--smoke"],
     "benchmarks/inner_steps.py": ["--unrolls", "2", "--steps", "2", "--rounds", "1"],
     "benchmarks/differential_equations.py": ["--smoke"],
