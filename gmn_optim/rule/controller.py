@@ -56,7 +56,8 @@ class Controller(AbstractMatrixBody):
 
     With annealing over T steps, steps are at most those of the pace ``b - log(1 + t / T')`` at step t, b being the
     largest pace and ``T' = T (n / 2) (200 / i)`` in a model of n matrices with i inputs at most: where inputs are many,
-    the cosine drowns in noise and tells no longer that steps are too long.
+    the cosine drowns in noise and tells no longer that steps are too long. While the mean cosine is positive the bound
+    is higher, and has not fallen at all from 0.1 on: such a model is still on its way.
 
     Args:
         width: Hidden channels of the MLP.
@@ -122,6 +123,8 @@ class Controller(AbstractMatrixBody):
         pace = memories[:, 0]
         if self.annealing:
             fallen = torch.log1p(_ages(turned) * (_annealing_rate(matrices) / self.annealing))
+            agreement = (COSINE_SCALE * memories[:, 1].mean()).clamp(0.0, 1.0)
+            fallen = fallen * (1 - agreement)
             pace = torch.minimum(pace, (self.largest_pace - fallen).clamp_min(LEAST_BOUND))
         gains = torch.expm1(self.share * pace)
         return [MatrixChange(*each) for each in zip(gains.unbind(), memories.unbind(), strict=True)]

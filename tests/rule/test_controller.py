@@ -117,11 +117,20 @@ def test_the_pace_has_bounds(bias: float, bound: float) -> None:
 def test_with_annealing_the_largest_pace_falls(pace: float, age: int, wanted: float) -> None:
     body, memory = make_body(), torch.tensor([pace, 0.0, 0.0]).double()
     body.set_up(0.0, largest_pace=0.4, annealing=50.0)
-    each = see(age, memory)
+    each = see(age, memory, average=torch.zeros(1, 4, 3).double())
     ((looked, after),) = body([each], [draw(1, 4, 3)], [MATRIX] * 4, ALPHA)
     held = body.hold([each] * 4)[3].gain
     assert looked.item() == pytest.approx(math.expm1(wanted)) == held.item()
     assert after[0].item() == pytest.approx(pace)
+
+
+@pytest.mark.parametrize(("cosine", "share"), [(-0.5, 1.0), (0.05, 0.5), (0.2, 0.0)])
+def test_the_largest_pace_falls_less_while_gradients_agree_with_the_steps(cosine: float, share: float) -> None:
+    body, each = make_body(), see(100, torch.tensor([0.4, cosine, 0.0]).double())
+    body.set_up(0.0, largest_pace=0.4, annealing=50.0)
+    across = torch.zeros_like(each.average)  # a cosine of zero, of which the memory takes a fifth
+    gain = body.hold([each._replace(average=across, basis=each.basis._replace(memory=each.basis.memory / 0.8))])[0].gain
+    assert math.log1p(gain.item()) == pytest.approx(0.4 - share * math.log(2))
 
 
 @pytest.mark.parametrize(
