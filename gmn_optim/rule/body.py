@@ -73,8 +73,8 @@ class AbstractMatrixBody(nn.Module, ABC):
         """Take what a configuration says of controllers; others have nothing to set up."""
 
     @abstractmethod
-    def hold(self, turned: Sequence[Coordinates]) -> list[MatrixChange]:
-        """Return what is made of each matrix between two looks, given all matrices of the model."""
+    def hold(self, turned: Sequence[Coordinates], matrices: Sequence[Matrix]) -> list[MatrixChange]:
+        """Return what is made between two looks of matrices that the body serves, among all of the model."""
 
 
 @bodies.register("ds")

@@ -112,9 +112,9 @@ class Controller(AbstractMatrixBody):
         pace = (memories[:, 0] + change).clamp(LEAST_PACE, self.largest_pace)
         return self._changes(torch.cat([pace.unsqueeze(-1), memories[:, 1:]], dim=-1), turned, matrices)
 
-    def hold(self, turned: Sequence[Coordinates]) -> list[MatrixChange]:
+    def hold(self, turned: Sequence[Coordinates], matrices: Sequence[Matrix]) -> list[MatrixChange]:
         """Return the gains of the newest look; cosines are followed at every step."""
-        return self._changes(_align(turned), turned, [each.matrix for each in turned])
+        return self._changes(_align(turned), turned, matrices)
 
     def _changes(
         self, memories: Tensor, turned: Sequence[Coordinates], matrices: Sequence[Matrix]

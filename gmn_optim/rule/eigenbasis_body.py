@@ -73,7 +73,7 @@ class EigenbasisBody(AbstractMatrixBody):
             for each, own, sides in zip(turned, parameters, around, strict=True)
         ]
 
-    def hold(self, turned: Sequence[Coordinates]) -> list[MatrixChange]:
+    def hold(self, turned: Sequence[Coordinates], matrices: Sequence[Matrix]) -> list[MatrixChange]:
         """Return the gains of the newest look."""
         return [MatrixChange(each.gain, each.basis.memory) for each in turned]
 

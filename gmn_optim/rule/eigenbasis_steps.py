@@ -56,7 +56,8 @@ class EigenbasisSteps:
         """
         if not turned:
             return []
-        changes = self._look(turned) if follow else self.body.hold(turned)
+        self._is_known = self._knows(turned)
+        changes = self._changes(turned, follow)
         learned = [number for number, each in enumerate(turned) if self._is_learned(each)]
         allowed = self._guard([turned[n] for n in learned], [changes[n].gain for n in learned])
         steps = [each.step for each in turned]
@@ -64,13 +65,19 @@ class EigenbasisSteps:
             steps[number] = steps[number] * (1 + gain)
         return [ChangedStep(step, *change) for step, change in zip(steps, changes, strict=True)]
 
-    def _look(self, turned: Sequence[Coordinates]) -> list[MatrixChange]:
+    def _changes(self, turned: Sequence[Coordinates], follow: bool) -> list[MatrixChange]:
         """Return what the body makes of all matrices, nothing where the learned term does not serve."""
-        self._is_known = self._knows(turned)
-        served = [each for each in turned if self._serves(each)]
-        own = [each.matrix.gather(self.pieces) for each in served]
-        found = iter(self.body(served, own, [each.matrix for each in turned], self.alpha) if served else [])
-        return [self._allowed(next(found)) if self._serves(each) else self._nothing(each) for each in turned]
+        serves = [self._serves(each, follow) for each in turned]
+        served = [each for each, serve in zip(turned, serves, strict=True) if serve]
+        found = iter(self._of_body(served, [each.matrix for each in turned], follow) if served else [])
+        pairs = zip(turned, serves, strict=True)
+        return [self._allowed(next(found)) if serve else self._nothing(each) for each, serve in pairs]
+
+    def _of_body(self, served: Sequence[Coordinates], matrices: Sequence[Matrix], follow: bool) -> list[MatrixChange]:
+        """Return what the body makes of the matrices that it serves."""
+        if not follow:
+            return self.body.hold(served, matrices)
+        return self.body(served, [each.matrix.gather(self.pieces) for each in served], matrices, self.alpha)
 
     def _allowed(self, change: MatrixChange) -> MatrixChange:
         """Return a change, or zeros for a model with weights smaller than those of meta-training."""
@@ -89,9 +96,10 @@ class EigenbasisSteps:
         """Return whether a matrix is one of those that the learned term may serve."""
         return self.layout.chunks[each.matrix.place.chunk].learned
 
-    def _serves(self, each: Coordinates) -> bool:
-        """Return whether the learned term serves a matrix."""
-        return each.rows is not None and each.matrix.has_basis and self._is_learned(each)
+    def _serves(self, each: Coordinates, follow: bool) -> bool:
+        """Return whether the learned term serves a matrix, judged by its role between looks, where no rows are seen."""
+        has_rows = each.rows is not None if follow else each.matrix.weight.role == "weight"
+        return has_rows and each.matrix.has_basis and self._is_learned(each)
 
     def _guard(self, turned: Sequence[Coordinates], gains: Sequence[Tensor]) -> list[Tensor]:
         """Return the gains, 0 where the step with it is too large, and remember where that is so."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from gmn_optim.rule.basis import init_basis
 from gmn_optim.rule.controller import LEAST_BOUND, LEAST_PACE, RATE, Controller, _annealing_rate
 from gmn_optim.rule.coordinates import Coordinates, TurnedRows
+from gmn_optim.rule.eigenbasis_steps import EigenbasisSteps
 from gmn_optim.rule.layout import Layout, Segment, build_chunks
 from tests import reference
 
@@ -56,7 +57,7 @@ def test_it_remembers_what_loops_find() -> None:
     body, memory, seen = make_body(), torch.zeros(3).double(), []
     for age in range(1, 15):
         each = see(age, memory, gap=1.0 if age <= 10 else 5.0)
-        memory = look(body, each)[1] if age % 3 else body.hold([each])[0].memory
+        memory = look(body, each)[1] if age % 3 else body.hold([each], MODEL)[0].memory
         rows = list(zip(each.rows.backprops[0], each.rows.activations[0], strict=True)) if age % 3 else None
         seen.append((age, each.own_gradient[0], each.average[0], rows))
     assert memory.tolist() == pytest.approx([0.0, *reference.controller_memory(seen)])
@@ -97,7 +98,7 @@ def test_gradients_that_agree_are_told_from_noise() -> None:
 
 def test_between_looks_the_pace_holds_and_the_cosine_goes_on() -> None:
     memory = torch.tensor([0.5, 0.0, 0.25]).double()
-    gain, after = make_body(bias=1.0).hold([see(7, memory)])[0]
+    gain, after = make_body(bias=1.0).hold([see(7, memory)], MODEL)[0]
     assert gain.item() == pytest.approx(math.expm1(0.5))
     assert after[1] != 0 and after[[0, 2]].tolist() == [0.5, 0.25]
 
@@ -119,7 +120,7 @@ def test_with_annealing_the_largest_pace_falls(pace: float, age: int, wanted: fl
     body.set_up(0.0, largest_pace=0.4, annealing=50.0)
     each = see(age, memory, average=torch.zeros(1, 4, 3).double())
     ((looked, after),) = body([each], [draw(1, 4, 3)], [MATRIX] * 4, ALPHA)
-    held = body.hold([each] * 4)[3].gain
+    held = body.hold([each], [MATRIX] * 4)[0].gain
     assert looked.item() == pytest.approx(math.expm1(wanted)) == held.item()
     assert after[0].item() == pytest.approx(pace)
 
@@ -129,7 +130,8 @@ def test_the_largest_pace_falls_less_while_gradients_agree_with_the_steps(cosine
     body, each = make_body(), see(100, torch.tensor([0.4, cosine, 0.0]).double())
     body.set_up(0.0, largest_pace=0.4, annealing=50.0)
     across = torch.zeros_like(each.average)  # a cosine of zero, of which the memory takes a fifth
-    gain = body.hold([each._replace(average=across, basis=each.basis._replace(memory=each.basis.memory / 0.8))])[0].gain
+    each = each._replace(average=across, basis=each.basis._replace(memory=each.basis.memory / 0.8))
+    gain = body.hold([each], [MATRIX])[0].gain
     assert math.log1p(gain.item()) == pytest.approx(0.4 - share * math.log(2))
 
 
@@ -145,6 +147,24 @@ def test_the_largest_pace_falls_sooner_with_many_inputs_and_later_in_deep_models
 def test_a_table_is_not_wide() -> None:
     table = Segment("0.weight", (5, 600), "0", "table")
     assert _annealing_rate(Layout(tuple(build_chunks([table], True))).matrices) == 2.0
+
+
+@pytest.mark.parametrize("follow", [True, False])
+@pytest.mark.parametrize(
+    ("role", "size", "changed"), [("weight", 1.0, True), ("weight", 0.1, False), ("table", 1.0, False)]
+)
+def test_annealing_leaves_alone_what_the_controller_does_not_serve(
+    follow: bool, role: str, size: float, changed: bool
+) -> None:
+    layout = Layout(tuple(build_chunks([Segment("0.weight", (4, 3), "0", role)], True)))
+    body, each = make_body(), see(1_000, torch.zeros(3).double())
+    body.set_up(0.0, largest_pace=0.4, annealing=10.0)
+    rows = each.rows if follow and role == "weight" else None
+    basis = each.basis._replace(size=torch.tensor(size / 3).double())  # torch's initialization has 1 / sqrt(3 inputs)
+    each = each._replace(matrix=layout.matrices[0], rows=rows, basis=basis)
+    parameters = [torch.ones(12).double()]
+    steps = EigenbasisSteps(body, layout, parameters, ALPHA, limit=1.0, floor=0.1, least_size=0.25)
+    assert (steps([each], follow)[0].step == each.step).all() != changed
 
 
 def test_without_meta_training_the_nominal_step_stays() -> None:
