@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gmn_optim.allocation import keep_freed_memory
 from gmn_optim.capture import GradientCapture, Verification
 from gmn_optim.gradients import DecomposedGradient
 from gmn_optim.neuron_sets import NeuronSets, gather_neurons
@@ -149,6 +150,7 @@ class Stepper:
         doubles = any(each.parameter.dtype == torch.float64 for each in active)
         like = torch.zeros((), dtype=torch.float64 if doubles else torch.float32, device=active[0].parameter.device)
         rule = self._rule_like(like)
+        keep_freed_memory()
         _take_apart(state, active)
         packed = pack_state(rule, layout, {each.name: state[each.parameter] for each in active}, like)
         clock = RefreshClock(rule.nominal, packed)

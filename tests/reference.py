@@ -343,11 +343,14 @@ class KroneckerAdam:
         self.moments = followed
         turned = self.bases[0].T @ gradient @ self.bases[1]
         self.first = betas[0] * self.first + (1 - betas[0]) * gradient
-        self.second = betas[1] * self.second + (1 - betas[1]) * turned**2
         first = self.bases[0].T @ self.first @ self.bases[1] / (1 - betas[0] ** self.step)
-        second = self.second / (1 - betas[1] ** self.step)
-        floor = 1e-8 + damping * math.sqrt(second.mean())
-        return self.bases[0] @ (first / (numpy.sqrt(second) + floor)) @ self.bases[1].T
+        return self.bases[0] @ self._divided(first, turned, betas[1], damping) @ self.bases[1].T
+
+    def _divided(self, first: numpy.ndarray, turned: numpy.ndarray, beta2: float, damping: float) -> numpy.ndarray:
+        """Return the averaged gradient over the root of the second moment, in the bases."""
+        self.second = beta2 * self.second + (1 - beta2) * turned**2
+        second = self.second / (1 - beta2**self.step)
+        return first / (numpy.sqrt(second) + 1e-8 + damping * math.sqrt(second.mean()))
 
     def _follow(self, rows: list[numpy.ndarray], columns: list[numpy.ndarray], decay: float) -> None:
         """Average the second moments of both sides."""
@@ -380,6 +383,9 @@ class KroneckerScheduleFree(KroneckerAdam):
         due: Numbers of the steps at which the bases are made anew.
         scale: What its steps are multiplied by.
         sharpness: Of the average.
+        looks: Number of a step at which second moments are followed to how many steps that stands for; None for every
+            step.
+        factored: Whether roots of second moments are taken for products of row and column, as those of a weight are.
     """
 
     def __init__(
@@ -389,8 +395,11 @@ class KroneckerScheduleFree(KroneckerAdam):
         due: Sequence[int],
         scale: float,
         sharpness: float = 10.0,
+        looks: Mapping[int, int] | None = None,
+        factored: bool = True,
     ) -> None:
         super().__init__(start.shape, sides, due)
+        self.looks, self.factored, self.roots = looks, factored, numpy.zeros(start.shape)
         self.x, self.y, self.z, self.scale, self.sharpness = start, start, start, scale, sharpness
 
     def move(
@@ -399,14 +408,29 @@ class KroneckerScheduleFree(KroneckerAdam):
         factors: tuple[list[numpy.ndarray], list[numpy.ndarray]] | None,
         alpha: float,
         beta: float = 0.8,
+        decay: float = 0.95,
     ) -> numpy.ndarray:
         """Return y after one more gradient (o, i), given vectors on both sides."""
-        normalized = self.direction(gradient, factors, betas=(0.0, 0.995))
+        normalized = self.direction(gradient, factors, betas=(0.0, 0.995), decay=decay)
         self.z = self.z - alpha * self.scale * normalized
         share = self.sharpness / (self.step + self.sharpness - 1)
         self.x = (1 - share) * self.x + share * self.z
         self.y = (1 - beta) * self.z + beta * self.x
         return self.y
+
+    def _divided(self, first: numpy.ndarray, turned: numpy.ndarray, beta2: float, damping: float) -> numpy.ndarray:
+        """Return the gradient over products of row and column, no larger than 1.5 (root mean square)."""
+        if not self.factored:
+            return super()._divided(first, turned, beta2, damping)
+        steps = 1 if self.looks is None else self.looks.get(self.step, 0)
+        if steps:
+            self.second = beta2**steps * self.second + (1 - beta2**steps) * turned**2
+            self.roots = numpy.sqrt(self.second / (1 - beta2**self.step))
+        mean, divided = self.roots.mean(), numpy.zeros_like(turned)
+        for (i, j), value in numpy.ndenumerate(turned):
+            row, column = self.roots[i].mean() / mean, self.roots[:, j].mean() / mean
+            divided[i, j] = value / ((mean * (row + math.sqrt(damping)) + 1e-16) * (column + math.sqrt(damping)))
+        return divided * min(1.0, 1.5 / root_mean_square(divided.flatten().tolist()))
 
 
 def most_are_small(weights: Sequence[numpy.ndarray]) -> bool:

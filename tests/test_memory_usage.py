@@ -14,25 +14,26 @@ from tests.cases import ARMS, WITH_FACTORS, loss_of, make_rule, mlp, optimizer_f
 NEURONS, READ_AND_WRITTEN, PARAMETERS = 5 + 7 + 6 + 3, 5 + 7 + 6 + 7 + 6 + 3, 42 + 48 + 21
 ROWS, DECAYS, DATA_POINTS, FLOAT = 6, 6, 8, 4
 
-# Of each layer both sides have a moment and a basis, inputs with a 1 for the bias. There are the bases' age and the
-# weight's size besides.
-BASES = 2 * (7**2 + 6**2 + 3**2 + 6**2 + 8**2 + 7**2) + 2 * 3
+# Of each layer both sides have a moment and a basis, inputs with a 1 for the bias, and some terms a preconditioner.
+# There are the bases' age and the weight's size besides.
+SIDES = 7**2 + 6**2 + 3**2 + 6**2 + 8**2 + 7**2
+BASES = 2 * SIDES + 2 * 3
 
 # Numbers that each arm remembers: buffers of the nominal term, averages, memory of the factors, and numbers of steps.
 STATES = {
     "momentum": PARAMETERS + 1,
     "adam": 2 * PARAMETERS + 1,
     "kronecker_adam": 2 * PARAMETERS + 1 + BASES,
-    "kronecker_schedule_free": 2 * PARAMETERS + 1 + BASES,
+    "kronecker_schedule_free": 2 * PARAMETERS + 1 + BASES + SIDES,
     "momentum+ds": (1 + DECAYS) * PARAMETERS + 1,
     "slots": (1 + DECAYS) * PARAMETERS + ROWS * NEURONS * 2 * DECAYS + 2,
     "moments": (2 + DECAYS) * PARAMETERS + NEURONS * 4 * DECAYS + 2,
     "gated": (2 + DECAYS) * PARAMETERS + NEURONS * 4 * DECAYS + 2,
     "kronecker_adam+gmn": (2 + DECAYS) * PARAMETERS + ROWS * NEURONS * 2 * DECAYS + 2 + BASES,
     "scheduled": (2 + DECAYS) * PARAMETERS + ROWS * NEURONS * 2 * DECAYS + 2,
-    "eigenbasis": 4 * PARAMETERS + 1 + BASES,
-    "eigenbasis+gmn": 4 * PARAMETERS + 1 + BASES,
-    "controller": 2 * PARAMETERS + 1 + BASES + 3 * 3,
+    "eigenbasis": 4 * PARAMETERS + 1 + BASES + SIDES,
+    "eigenbasis+gmn": 4 * PARAMETERS + 1 + BASES + SIDES,
+    "controller": 2 * PARAMETERS + 1 + BASES + SIDES + 3 * 3,
 }
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from gmn_optim.gradients import DecomposedGradient
 from gmn_optim.registry import Registry
 from gmn_optim.rule.matrices import Matrix
+from gmn_optim.rule.preconditioner import init_preconditioner, make_preconditioner, precondition, precondition_columns
 from gmn_optim.rule.sides import (
     eigenvectors,
     follow_moment,
@@ -36,6 +37,9 @@ class Basis(NamedTuple):
         column_moment: Moving average of E[a a^T], with mean diagonal 1 (groups, i, i).
         rows: Orthonormal columns (groups, o, o).
         columns: Orthonormal columns (groups, i, i).
+        row_preconditioner: What the newest look made of the rows, see :mod:`gmn_optim.rule.preconditioner`; empty where
+            the nominal term turns every gradient into the bases.
+        column_preconditioner: The same of the columns.
         memory: What a learned term that decides matrix by matrix remembers of this one (m), zero at first.
     """
 
@@ -45,6 +49,8 @@ class Basis(NamedTuple):
     column_moment: Tensor
     rows: Tensor
     columns: Tensor
+    row_preconditioner: Tensor
+    column_preconditioner: Tensor
     memory: Tensor
 
 
@@ -61,14 +67,32 @@ Eigenbasis = Callable[[Tensor, Tensor], Tensor]
 eigenbases: Registry[Eigenbasis] = Registry("eigenbasis")
 
 
-def init_basis(matrix: Matrix, like: Tensor, memory: int = 0) -> Basis:
-    """Return the axes themselves as bases, with the dtype and device of ``like`` and room for a memory."""
-    (rows, row_moment), (columns, column_moment) = (
-        init_side(matrix.groups, n, like) if turns else (like.new_zeros(0), like.new_zeros(0))
-        for n, turns in ((matrix.rows, matrix.turns_rows), (matrix.columns, matrix.turns_columns))
+def init_basis(matrix: Matrix, like: Tensor, memory: int = 0, preconditions: bool = False) -> Basis:
+    """Return the axes themselves as bases, with the dtype and device of ``like`` and room for a memory.
+
+    Args:
+        matrix: The matrix.
+        like: A tensor.
+        memory: Numbers that a learned term remembers.
+        preconditions: Whether steps are made by preconditioners.
+    """
+    sides, of_sides = [], []
+    for n, turns in ((matrix.rows, matrix.turns_rows), (matrix.columns, matrix.turns_columns)):
+        sides.append(init_side(matrix.groups, n, like) if turns else (like.new_zeros(0), like.new_zeros(0)))
+        side = sides[-1][0]
+        of_sides.append(init_preconditioner(side, matrix.groups, n) if preconditions else like.new_zeros(0))
+    (rows, row_moment), (columns, column_moment) = sides
+    return Basis(
+        age=like.new_zeros(()),
+        size=like.new_zeros(()),
+        row_moment=row_moment,
+        column_moment=column_moment,
+        rows=rows,
+        columns=columns,
+        row_preconditioner=of_sides[0],
+        column_preconditioner=of_sides[1],
+        memory=like.new_zeros(memory),
     )
-    age, size = like.new_zeros(()), like.new_zeros(())
-    return Basis(age, size, row_moment, column_moment, rows, columns, like.new_zeros(memory))
 
 
 # ---------------------------------------------------------------------- second moments
@@ -173,3 +197,29 @@ def out_of(basis: Basis, values: Tensor) -> Tensor:
     """Return a matrix (groups, o, i) given in the coordinates of the bases."""
     values = turn_columns_back(basis.rows, values) if basis.rows.numel() else values
     return turn_back(basis.columns, values) if basis.columns.numel() else values
+
+
+def with_preconditioners(basis: Basis, roots: Tensor, floor: Tensor, epsilon: Tensor) -> Basis:
+    """Return the basis with preconditioners that divide its coordinates by the roots of second moments, as factored.
+
+    The factors are the means over rows and over columns, ``r_i c_j / m`` with the mean m over all.
+
+    Args:
+        basis: The bases.
+        roots: Of the second moment of each coordinate (groups, o, i).
+        floor: Added to each factor, as a share of its mean ().
+        epsilon: Added to ``r`` ().
+
+    Reference:
+        Shazeer and Stern (2018), "Adafactor", arXiv 1804.04235, for the factors; there they are of the second moments
+        themselves, which does worse here.
+    """
+    mean = roots.mean((-2, -1)).unsqueeze(-1)
+    of_rows = make_preconditioner(basis.rows, roots.mean(-1), floor * mean + epsilon)
+    of_columns = make_preconditioner(basis.columns, roots.mean(-2) / mean, floor)
+    return basis._replace(row_preconditioner=of_rows, column_preconditioner=of_columns)
+
+
+def preconditioned(basis: Basis, gradient: Tensor) -> Tensor:
+    """Return a gradient (groups, o, i) between the preconditioners of its rows and columns."""
+    return precondition(basis.column_preconditioner, precondition_columns(basis.row_preconditioner, gradient))

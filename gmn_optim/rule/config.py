@@ -43,7 +43,7 @@ class RuleConfig:
         guard: A tensor's learned step larger than this share of its size (root mean squares, plus 0.1 for the
             size) is replaced by the nominal one.
         follow_every: Steps between two looks of a nominal term with bases, and of a body in them, at the factors, after
-            the first ten steps. A rule with a GradMetaNet looks at every step.
+            the first hundred steps; before them fewer. A rule with a GradMetaNet looks at every step.
 
     Example:
         >>> RuleConfig(nominal="adam", body=None).arm
@@ -70,7 +70,7 @@ class RuleConfig:
     share: float = 1.0
     least_size: float = 0.0
     guard: float = 1.0
-    follow_every: int = 5
+    follow_every: int = 10
 
     def __post_init__(self) -> None:
         for registry, name in ((nominal_terms, self.nominal), (bodies, self.body), (factor_memories, self.memory)):

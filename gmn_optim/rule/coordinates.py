@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from gmn_optim.gradients import DecomposedGradient
-from gmn_optim.rule.basis import Basis, rows_of_factors
+from gmn_optim.rule.basis import Basis, out_of, rows_of_factors
 from gmn_optim.rule.matrices import Matrix
 from gmn_optim.rule.sides import turn
 
@@ -38,12 +38,15 @@ class TurnedRows(NamedTuple):
 class Coordinates(NamedTuple):
     """What a learned body sees of a matrix, in the coordinates of the bases up to ``gain``.
 
+    Where preconditioners make the step nothing is turned: gradient and step are in the parameter's own coordinates.
+
     Attributes:
         matrix: The matrix.
         basis: Its bases.
         gradient: The mean gradient (groups, o, i).
         step: The nominal step at step size 1 (groups, o, i).
-        squares: Moving average of squared mean gradients, corrected for its start at zero (groups, o, i).
+        squares: Moving average of squared mean gradients, corrected for its start at zero (groups, o, i); None where
+            nothing is turned, like the next two.
         floor: What the nominal term adds to roots of squares (): coordinates far below it are rounding errors.
         noise: Moving average of :meth:`TurnedRows.noise`; None where no factors explain the gradient, or none is kept.
         rows: Factors of each row, or None; turned if noise is kept.
@@ -51,20 +54,33 @@ class Coordinates(NamedTuple):
         own_gradient: The mean gradient in the parameter's own coordinates (groups, o, i).
         average: The nominal term's average in the parameter's own coordinates (groups, o, i).
         gap: Steps that this look at the factors stands for (), 0 if this training does not look.
+        is_turned: Whether gradient and step are in the coordinates of the bases.
+        own_step: The nominal step in the parameter's own coordinates (groups, o, i), where it was made there and turned
+            for a body that reads coordinates in the bases.
     """
 
     matrix: Matrix
     basis: Basis
     gradient: Tensor
     step: Tensor
-    squares: Tensor
-    floor: Tensor
+    squares: Tensor | None
+    floor: Tensor | None
     noise: Tensor | None
     rows: TurnedRows | None
     gain: Tensor | None
     own_gradient: Tensor
     average: Tensor
     gap: Tensor | float = 1.0
+    is_turned: bool = True
+    own_step: Tensor | None = None
+
+    def turned_back(self, step: Tensor) -> Tensor:
+        """Return a changed step in the parameter's own coordinates; of one that was made there, only the change."""
+        if not self.is_turned:
+            return step
+        if self.own_step is None:
+            return out_of(self.basis, step)
+        return self.own_step + out_of(self.basis, step - self.step)
 
 
 def rows_of(matrix: Matrix, factors: DecomposedGradient | None) -> TurnedRows | None:

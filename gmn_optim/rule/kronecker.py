@@ -15,10 +15,12 @@ from gmn_optim.rule.basis import (
     into,
     moments_of_factors,
     moments_of_gradient,
-    out_of,
+    preconditioned,
     renew,
+    with_preconditioners,
 )
 from gmn_optim.rule.coordinates import Coordinates, TurnedRows, rows_of, turn_rows
+from gmn_optim.rule.features import root, sum_of_products
 from gmn_optim.rule.layout import Layout
 from gmn_optim.rule.matrices import Matrix
 from gmn_optim.rule.nominal import LEAST_SQUARE, AdamTerm, Buffers, ChunkInputs, Surroundings, nominal_terms
@@ -31,13 +33,17 @@ FIRST_STEPS = 10
 YOUNG, YOUNG_EVERY = 100, 10
 """Until this age, bases are made anew at least every so many steps."""
 
-FOLLOW_EVERY = 5
-"""Factors are read, and second moments followed, at the first ten steps and then at every fifth. They change slowly,
-and the steps between cost neither hooks nor products of long sides."""
+FOLLOW_EVERY, YOUNG_FOLLOW_EVERY = 10, 5
+"""Factors are read, and second moments followed, at the first ten steps, then at every fifth, and from the hundredth at
+every tenth. They change slowly, and the steps between cost neither hooks nor products of long sides."""
 
 MISSED_DECAY = 0.95
 """Squared gradients of layers whose factors miss the gradient are remembered for twenty steps. Such losses
 hold derivatives of the model (PINNs) and fall by orders of magnitude, which a longer memory follows too late."""
+
+LARGEST_SIZE = 1.5
+"""A step of preconditioners has at most this root mean square: between two looks gradients may outgrow what they are
+divided by. Adam's own have one at most."""
 
 TIE_BREAK = 1e-3
 """Share of this step's Gram matrices in a basis that is made from them. With none of it, the basis and with it the step
@@ -59,7 +65,8 @@ class KroneckerAdamTerm(AdamTerm):
     Args:
         refresh_every: Steps between two bases, after the first ten steps. Until the hundredth it is ten at most.
         method: How a basis is made, ``eigh`` or ``qr``.
-        follow_every: Steps between two looks at the factors, after the first ten steps.
+        follow_every: Steps between two looks at the factors, after the first hundred steps. From the eleventh it is
+            five at most.
 
     Reference:
         George et al. (2018), "Fast approximate natural gradient descent in a Kronecker-factored eigenbasis",
@@ -94,7 +101,12 @@ class KroneckerAdamTerm(AdamTerm):
 
     def init_bases(self, layout: Layout, like: Tensor) -> tuple[Basis, ...]:
         """Return the axes as the bases of every matrix."""
-        return tuple(init_basis(matrix, like, self.memory_per_matrix) for matrix in layout.matrices)
+        memory = self.memory_per_matrix
+        return tuple(init_basis(each, like, memory, self.has_preconditioners(each)) for each in layout.matrices)
+
+    def has_preconditioners(self, matrix: Matrix) -> bool:
+        """Return whether the state holds preconditioners of a matrix."""
+        return False
 
     def is_due(self, age: int | Tensor) -> bool | Tensor:
         """Return whether a basis is made anew at the step that is its ``age``-th."""
@@ -103,11 +115,18 @@ class KroneckerAdamTerm(AdamTerm):
 
     def follows(self, age: int | Tensor) -> bool | Tensor:
         """Return whether factors are read at the ``age``-th step of the bases."""
-        return (age <= FIRST_STEPS) | (age % self.follow_every == 0) | self.is_due(age)
+        young = (age <= YOUNG) & (age % self._young_follow_every == 0)
+        return (age <= FIRST_STEPS) | young | (age % self.follow_every == 0) | self.is_due(age)
 
     def gap(self, age: Tensor) -> Tensor:
         """Return how many steps a look at the ``age``-th step stands for ()."""
-        return torch.where(age <= FIRST_STEPS, 1.0, float(self.follow_every))
+        later = torch.where(age <= YOUNG, float(self._young_follow_every), float(self.follow_every))
+        return torch.where(age <= FIRST_STEPS, 1.0, later)
+
+    @property
+    def _young_follow_every(self) -> int:
+        """Return the steps between two looks until the hundredth."""
+        return min(self.follow_every, YOUNG_FOLLOW_EVERY)
 
     def directions(
         self, chunks: Sequence[ChunkInputs], bases: tuple[Basis, ...], around: Surroundings
@@ -118,14 +137,15 @@ class KroneckerAdamTerm(AdamTerm):
         pieces = _Pieces.cut(around.layout, chunks, [self.new_average(chunk) for chunk in chunks])
         self._step_vectors(around.layout, pieces, corrections)
         turned = [
-            self._turn(
+            self._see(
                 matrix, old, pieces, (faster if matrix.weight.missed else corrections)[matrix.place.chunk], around
             )
             for matrix, old in zip(matrices, bases, strict=True)
         ]
         steps, memories = self._changed(turned, pieces, around)
         for each, step, scale in zip(turned, steps, self.matrix_scales(turned, around), strict=True):
-            pieces.directions.put(each.matrix, out_of(each.basis, step if scale is None else step * scale))
+            direction = each.turned_back(step)
+            pieces.directions.put(each.matrix, direction if scale is None else direction * scale)
         found = zip(turned, memories, strict=True)
         return pieces.joined(), tuple(each.basis._replace(memory=memory) for each, memory in found)
 
@@ -164,6 +184,69 @@ class KroneckerAdamTerm(AdamTerm):
                 pieces.of_body[1].put(each.matrix, torch.where(self.follows(each.basis.age), gain, each.gain))
         return [each.step for each in changed], [each.memory for each in changed]
 
+    def _see(
+        self, matrix: Matrix, old: Basis, pieces: "_Pieces", corrections: "_Corrections", around: Surroundings
+    ) -> Coordinates:
+        """Return a matrix and its step, by its preconditioners or in its new bases."""
+        # where factors miss the gradient it is followed at every step
+        preconditions = self.has_preconditioners(matrix) and not matrix.weight.missed
+        return (self._precondition if preconditions else self._turn)(matrix, old, pieces, corrections, around)
+
+    def _precondition(
+        self, matrix: Matrix, old: Basis, pieces: "_Pieces", corrections: "_Corrections", around: Surroundings
+    ) -> Coordinates:
+        """Return a matrix with the step of its preconditioners, which are made anew at a look."""
+        gradient = pieces.gradients.of(matrix)
+        basis = self._turn_basis(matrix, old, gradient, pieces, around)
+        if around.follow:
+            basis = self._follow_squares(matrix, basis, gradient, pieces, corrections)
+        step = preconditioned(basis, gradient)
+        size = root(sum_of_products([step], [step]) / step.numel())
+        step = step * (LARGEST_SIZE / size.clamp_min(LARGEST_SIZE))
+        average = pieces.averages.of(matrix) if around.change is not None else gradient
+        noise, rows = self._see_noise(matrix, basis, pieces, corrections, around)
+        gap = self._gap_of_look(basis, around)
+        own = Coordinates(
+            matrix, basis, gradient, step, None, None, noise, rows, None, gradient, average, gap, is_turned=False
+        )
+        return self._turned(own, pieces, corrections) if pieces.of_body else own
+
+    def _turned(self, own: Coordinates, pieces: "_Pieces", corrections: "_Corrections") -> Coordinates:
+        """Return the same for a body that reads coordinates in the bases."""
+        squares = (pieces.seconds.of(own.matrix) / corrections.second).clamp_min(LEAST_SQUARE)
+        return own._replace(
+            gradient=into(own.basis, own.gradient),
+            step=into(own.basis, own.step),
+            squares=squares,
+            floor=self._floor(squares, corrections),
+            gain=pieces.of_body[1].of(own.matrix),
+            own_step=own.step,
+            is_turned=True,
+        )
+
+    def _floor(self, squares: Tensor, corrections: "_Corrections") -> Tensor:
+        """Return what is added to roots of squares ()."""
+        return corrections.epsilon + self.damping() * squares.mean().sqrt()
+
+    def _follow_squares(
+        self, matrix: Matrix, basis: Basis, gradient: Tensor, pieces: "_Pieces", corrections: "_Corrections"
+    ) -> Basis:
+        """Return the basis with the preconditioners of this look, and put the new second moments in their places."""
+        looks = self.follows(basis.age)
+        decay = torch.where(looks, corrections.beta2 ** self.gap(basis.age), 1.0)
+        second = torch.lerp(into(basis, gradient).square(), pieces.seconds.of(matrix), decay)
+        pieces.seconds.put(matrix, second)
+        roots = (second / corrections.second).clamp_min(LEAST_SQUARE).sqrt()
+        new = with_preconditioners(basis, roots, root(self.damping()), corrections.epsilon)
+        pairs = zip(new, basis, strict=True)
+        return Basis(*(fresh if fresh is kept else torch.where(looks, fresh, kept) for fresh, kept in pairs))
+
+    def _gap_of_look(self, basis: Basis, around: Surroundings) -> Tensor | float:
+        """Return how many steps this look stands for, 0 if there is none."""
+        if around.change is None or not around.follow:
+            return 0.0
+        return torch.where(self.follows(basis.age), self.gap(basis.age), 0.0)
+
     def _turn(
         self, matrix: Matrix, old: Basis, pieces: "_Pieces", corrections: "_Corrections", around: Surroundings
     ) -> Coordinates:
@@ -174,7 +257,7 @@ class KroneckerAdamTerm(AdamTerm):
         second = torch.lerp(turned.square(), pieces.seconds.of(matrix), corrections.beta2)
         pieces.seconds.put(matrix, second)
         squares = (second / corrections.second).clamp_min(LEAST_SQUARE)
-        floor = corrections.epsilon + self.damping() * squares.mean().sqrt()
+        floor = self._floor(squares, corrections)
         # of a step that does not average gradients, the average is only looked at by a learned term
         is_seen = self.averages_gradients or around.change is not None
         average = pieces.averages.of(matrix) if is_seen else gradient
@@ -182,9 +265,7 @@ class KroneckerAdamTerm(AdamTerm):
         step = numerator / (squares.sqrt() + floor)
         noise, rows = self._see_noise(matrix, basis, pieces, corrections, around)
         gain = pieces.of_body[1].of(matrix) if pieces.of_body else None
-        gap: Tensor | float = 0.0
-        if around.change is not None and around.follow:
-            gap = torch.where(self.follows(basis.age), self.gap(basis.age), 0.0)
+        gap = self._gap_of_look(basis, around)
         return Coordinates(matrix, basis, turned, step, squares, floor, noise, rows, gain, gradient, average, gap)
 
     def _see_noise(

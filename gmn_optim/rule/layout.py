@@ -53,8 +53,8 @@ class Chunk:
         return tuple(s.layer for s in self.segments if s.role == role and s.layer is not None)
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Return the named tensors as one flat tensor."""
-        return torch.cat([segment.flatten(tensors[segment.name]) for segment in self.segments])
+        """Return the named tensors as one flat tensor, a view of the only one where that lies so in memory."""
+        return joined([segment.flatten(tensors[segment.name]) for segment in self.segments])
 
     def unflatten(self, flat: Tensor) -> dict[str, Tensor]:
         """Return the flat tensor as tensors with the parameters' shapes."""
@@ -104,6 +104,16 @@ class Layout:
             tuple(part for place in range(len(chunk.segments)) if (part := Part(number, place)) not in taken)
             for number, chunk in enumerate(self.chunks)
         )
+
+
+def joined(pieces: Sequence[Tensor]) -> Tensor:
+    """Return flat tensors end to end, the only one as it is.
+
+    Example:
+        >>> joined([torch.ones(1), torch.zeros(2)])
+        tensor([1., 0., 0.])
+    """
+    return pieces[0] if len(pieces) == 1 else torch.cat([*pieces])
 
 
 class Tile(NamedTuple):

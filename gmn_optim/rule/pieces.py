@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gmn_optim.rule.layout import Layout
+from gmn_optim.rule.layout import Layout, joined
 from gmn_optim.rule.matrices import Matrix, Part
 
 
@@ -46,8 +46,7 @@ class FlatPieces:
 
     def of_parts(self, parts: Sequence[Part]) -> Tensor:
         """Return the elements of some segments as one tensor."""
-        found = [self._pieces[part.chunk][part.segment] for part in parts]
-        return found[0] if len(found) == 1 else torch.cat(found)
+        return joined([self._pieces[part.chunk][part.segment] for part in parts])
 
     def put_parts(self, parts: Sequence[Part], values: Tensor) -> None:
         """Put the elements of some segments, as :meth:`of_parts` returns them, in their places."""
@@ -59,6 +58,6 @@ class FlatPieces:
     def joined(self) -> list[Tensor]:
         """Return each chunk's flat tensor, the one that was given where nothing was replaced."""
         return [
-            self._flats[number] if self._flats is not None and number not in self._replaced else torch.cat(pieces)
+            self._flats[number] if self._flats is not None and number not in self._replaced else joined(pieces)
             for number, pieces in enumerate(self._pieces)
         ]

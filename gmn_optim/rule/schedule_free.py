@@ -45,6 +45,10 @@ class KroneckerScheduleFreeTerm(KroneckerAdamTerm):
     at step t, 0.005 at least. That is a momentum whose memory grows with the training, so noise is averaged away at a
     constant step size, as by a schedule that ends at zero, but without the length of the training being known.
 
+    Where factors explain the gradient of a weight, the roots of its second moments in the basis are taken for products
+    of a number for each row and one for each column, and followed when the factors are read. Steps between two looks
+    then cost one product for each side (:mod:`gmn_optim.rule.preconditioner`).
+
     The steps of a matrix shrink with the root of its inputs and of the number of matrices, since more small steps add
     up at an output of a wide layer and of a deep model. They follow the size of its weights before the first step (root
     mean square, against the ``1 / sqrt(3 inputs)`` of torch's initialization). Networks most of whose weights are small
@@ -102,6 +106,10 @@ class KroneckerScheduleFreeTerm(KroneckerAdamTerm):
             results.append((direction, (average, *seconds)))
         return results, bases
 
+    def has_preconditioners(self, matrix: Matrix) -> bool:
+        """Return whether it is a layer's weight; of a table few rows have a gradient."""
+        return matrix.weight.role == "weight"
+
     def new_average(self, inputs: ChunkInputs) -> Tensor:
         """Return e as it is: it follows steps, not gradients."""
         return inputs.buffers[0]
@@ -144,8 +152,9 @@ class KroneckerScheduleFreeTerm(KroneckerAdamTerm):
     ) -> tuple[Tensor, Tensor]:
         """Return the step of the parameters for a step of z, and the new e."""
         share = (sharpness / (number + sharpness - 1)).clamp_min(LEAST_SHARE)
-        moved = average + step
-        return share * beta * moved + (1 - beta) * step, (1 - share) * moved
+        now, kept = share * beta, 1 - share
+        # c beta (e + u) + (1 - beta) u with two passes over the tensors
+        return torch.addcmul(now * average, step, now + (1 - beta)), kept * (average + step)
 
 
 def _weight_size(matrix: Matrix, around: Surroundings) -> Tensor:

@@ -49,7 +49,15 @@ def run(rule: UpdateRule, layout: Layout, factors: Sequence[DecomposedGradient])
     return taken, state
 
 
-@pytest.mark.parametrize(("every", "wanted"), [(5, [*range(1, 11), 15, 20, 25, 30]), (7, [*range(1, 11), 14, 20, 21])])
+@pytest.mark.parametrize(
+    ("every", "wanted"),
+    [
+        (2, [*range(1, 11), *range(12, 111, 2)]),
+        (7, [*range(1, 11), 14, 15, 20, 21]),
+        (10, [*range(1, 11), *range(15, 101, 5), 110, 120, 130]),
+        (70, [*range(1, 11), *range(15, 101, 5), 140, 150, 200]),
+    ],
+)
 def test_factors_are_read_at_the_first_steps_at_every_so_many_and_where_bases_are_due(every, wanted) -> None:
     rule = UpdateRule(RuleConfig(nominal="kronecker_adam", body=None))
     rule.nominal = KroneckerAdamTerm(follow_every=every)
