@@ -10,7 +10,8 @@ from gmn_optim import GMNOptimizer, list_weights, load_weights
 from gmn_optim.cli import _parser
 from gmn_optim.cli_meta_train import _chosen
 from gmn_optim.cli_rule import read_rule_options
-from gmn_optim.metatrain import TrainerConfig
+from gmn_optim.metatrain import FamilyConfig, TrainerConfig
+from gmn_optim.metatrain.choice import as_used
 from gmn_optim.metatrain.verification import verify_replay
 from gmn_optim.rule import RuleConfig
 from tests.tables import WEIGHTS
@@ -24,7 +25,18 @@ def test_a_shipped_file_loads_as_the_promised_rule(name):
     assert card.name == name and rule.config.arm == WEIGHTS[name]
 
 
-@pytest.mark.parametrize("line", [line for line in README.splitlines() if line.startswith("gmn-optim meta-train")])
+COMMANDS = [line for line in README.splitlines() if line.startswith("gmn-optim meta-train")]
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if "--family" in line])
+def test_the_command_of_a_family_gives_the_settings_of_the_default(line):
+    options, card = _parser().parse_args(shlex.split(line)[1:]), load_weights("default").card
+    assert as_used(read_rule_options(options), 1.0) == RuleConfig.from_dict(card.rule)
+    settings = json.loads(json.dumps(asdict(FamilyConfig(**_chosen(options, FamilyConfig)))))
+    assert settings == {name: value for name, value in card.training.items() if name in settings}
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if "--task" in line])
 def test_the_commands_of_the_readme_give_the_settings_of_the_cards(line):
     options = _parser().parse_args(shlex.split(line)[1:])
     card = load_weights(f"fashion-mnist-mlp.{options.folder.name}").card
