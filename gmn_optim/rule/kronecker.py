@@ -1,7 +1,6 @@
 """Adam in the eigenbasis of the Kronecker factors that each data point's gradient gives."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,20 +21,11 @@ from gmn_optim.rule.basis import (
 from gmn_optim.rule.coordinates import Coordinates, TurnedRows, rows_of, turn_rows
 from gmn_optim.rule.features import root, sum_of_products
 from gmn_optim.rule.layout import Layout
+from gmn_optim.rule.look_schedule import FOLLOW_EVERY, LookSchedule
 from gmn_optim.rule.matrices import Matrix
+from gmn_optim.rule.matrix_pieces import Corrections, MatrixPieces
 from gmn_optim.rule.nominal import LEAST_SQUARE, AdamTerm, Buffers, ChunkInputs, Surroundings, nominal_terms
-from gmn_optim.rule.pieces import FlatPieces
 from gmn_optim.rule.scalars import Decay, LogScalar
-
-FIRST_STEPS = 10
-"""The basis is made anew at each of so many first steps, in which the averages change most."""
-
-YOUNG, YOUNG_EVERY = 100, 10
-"""Until this age, bases are made anew at least every so many steps."""
-
-FOLLOW_EVERY, YOUNG_FOLLOW_EVERY = 10, 5
-"""Factors are read, and second moments followed, at the first ten steps, then at every fifth, and from the hundredth at
-every tenth. They change slowly, and the steps between cost neither hooks nor products of long sides."""
 
 MISSED_DECAY = 0.95
 """Squared gradients of layers whose factors miss the gradient are remembered for twenty steps. Such losses
@@ -51,7 +41,7 @@ would hang on rounding errors where those of earlier steps lack rank."""
 
 
 @nominal_terms.register("kronecker_adam")
-class KroneckerAdamTerm(AdamTerm):
+class KroneckerAdamTerm(LookSchedule, AdamTerm):
     """Adam in the basis in which the gradient of a matrix is least correlated; plain Adam on vectors.
 
     The basis of a layer's outputs are the eigenvectors of E[g g^T], that of its inputs those of E[a a^T] with a 1 for
@@ -63,10 +53,9 @@ class KroneckerAdamTerm(AdamTerm):
     the basis turns, each new direction takes its share of it by the squared cosines with the old directions.
 
     Args:
-        refresh_every: Steps between two bases, after the first ten steps. Until the hundredth it is ten at most.
+        refresh_every: Steps between two bases, see :class:`gmn_optim.rule.look_schedule.LookSchedule`.
         method: How a basis is made, ``eigh`` or ``qr``.
-        follow_every: Steps between two looks at the factors, after the first hundred steps. From the eleventh it is
-            five at most.
+        follow_every: Steps between two looks at the factors.
 
     Reference:
         George et al. (2018), "Fast approximate natural gradient descent in a Kronecker-factored eigenbasis",
@@ -108,33 +97,13 @@ class KroneckerAdamTerm(AdamTerm):
         """Return whether the state holds preconditioners of a matrix."""
         return False
 
-    def is_due(self, age: int | Tensor) -> bool | Tensor:
-        """Return whether a basis is made anew at the step that is its ``age``-th."""
-        young = (age <= YOUNG) & (age % min(self.refresh_every, YOUNG_EVERY) == 0)
-        return (age <= FIRST_STEPS) | young | (age % self.refresh_every == 0)
-
-    def follows(self, age: int | Tensor) -> bool | Tensor:
-        """Return whether factors are read at the ``age``-th step of the bases."""
-        young = (age <= YOUNG) & (age % self._young_follow_every == 0)
-        return (age <= FIRST_STEPS) | young | (age % self.follow_every == 0) | self.is_due(age)
-
-    def gap(self, age: Tensor) -> Tensor:
-        """Return how many steps a look at the ``age``-th step stands for ()."""
-        later = torch.where(age <= YOUNG, float(self._young_follow_every), float(self.follow_every))
-        return torch.where(age <= FIRST_STEPS, 1.0, later)
-
-    @property
-    def _young_follow_every(self) -> int:
-        """Return the steps between two looks until the hundredth."""
-        return min(self.follow_every, YOUNG_FOLLOW_EVERY)
-
     def directions(
         self, chunks: Sequence[ChunkInputs], bases: tuple[Basis, ...], around: Surroundings
     ) -> tuple[list[tuple[Tensor, Buffers]], tuple[Basis, ...]]:
         """Return Adam's directions and buffers, those of matrices in their bases, and the new bases."""
-        matrices, corrections = around.layout.matrices, _Corrections.of_chunks(self, chunks)
-        faster = _Corrections.of_chunks(self, chunks, MISSED_DECAY) if any(m.weight.missed for m in matrices) else []
-        pieces = _Pieces.cut(around.layout, chunks, [self.new_average(chunk) for chunk in chunks])
+        matrices, corrections = around.layout.matrices, self._corrections(chunks)
+        faster = self._corrections(chunks, MISSED_DECAY) if any(m.weight.missed for m in matrices) else []
+        pieces = MatrixPieces.cut(around.layout, chunks, [self.new_average(chunk) for chunk in chunks])
         self._step_vectors(around.layout, pieces, corrections)
         turned = [
             self._see(
@@ -149,6 +118,10 @@ class KroneckerAdamTerm(AdamTerm):
         found = zip(turned, memories, strict=True)
         return pieces.joined(), tuple(each.basis._replace(memory=memory) for each, memory in found)
 
+    def _corrections(self, chunks: Sequence[ChunkInputs], most: float = 1.0) -> list[Corrections]:
+        """Return those of each chunk, the decay of the second moment being so much at most."""
+        return Corrections.of_chunks(self, chunks, most, self.averages_gradients)
+
     def new_average(self, inputs: ChunkInputs) -> Tensor:
         """Return the first buffer of a chunk after its average has followed the gradient."""
         beta1 = self.beta1() if inputs.momentum is None else inputs.momentum
@@ -158,7 +131,7 @@ class KroneckerAdamTerm(AdamTerm):
         """Return what the steps of each matrix are multiplied by, None for nothing."""
         return [None] * len(turned)
 
-    def _step_vectors(self, layout: Layout, pieces: "_Pieces", corrections: "Sequence[_Corrections]") -> None:
+    def _step_vectors(self, layout: Layout, pieces: MatrixPieces, corrections: Sequence[Corrections]) -> None:
         """Put the directions and new buffers of what is in no matrix in their places: Adam's."""
         for parts, chunk_corrections in zip(layout.vectors, corrections, strict=True):
             if not parts:
@@ -173,7 +146,7 @@ class KroneckerAdamTerm(AdamTerm):
             pieces.directions.put_parts(parts, numerator / root)
 
     def _changed(
-        self, turned: Sequence[Coordinates], pieces: "_Pieces", around: Surroundings
+        self, turned: Sequence[Coordinates], pieces: MatrixPieces, around: Surroundings
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Return the steps of all matrices, as a learned term changes them, and its memories; keep its gains."""
         if around.change is None:
@@ -185,7 +158,7 @@ class KroneckerAdamTerm(AdamTerm):
         return [each.step for each in changed], [each.memory for each in changed]
 
     def _see(
-        self, matrix: Matrix, old: Basis, pieces: "_Pieces", corrections: "_Corrections", around: Surroundings
+        self, matrix: Matrix, old: Basis, pieces: MatrixPieces, corrections: Corrections, around: Surroundings
     ) -> Coordinates:
         """Return a matrix and its step, by its preconditioners or in its new bases."""
         # where factors miss the gradient it is followed at every step
@@ -193,7 +166,7 @@ class KroneckerAdamTerm(AdamTerm):
         return (self._precondition if preconditions else self._turn)(matrix, old, pieces, corrections, around)
 
     def _precondition(
-        self, matrix: Matrix, old: Basis, pieces: "_Pieces", corrections: "_Corrections", around: Surroundings
+        self, matrix: Matrix, old: Basis, pieces: MatrixPieces, corrections: Corrections, around: Surroundings
     ) -> Coordinates:
         """Return a matrix with the step of its preconditioners, which are made anew at a look."""
         gradient = pieces.gradients.of(matrix)
@@ -211,7 +184,7 @@ class KroneckerAdamTerm(AdamTerm):
         )
         return self._turned(own, pieces, corrections) if pieces.of_body else own
 
-    def _turned(self, own: Coordinates, pieces: "_Pieces", corrections: "_Corrections") -> Coordinates:
+    def _turned(self, own: Coordinates, pieces: MatrixPieces, corrections: Corrections) -> Coordinates:
         """Return the same for a body that reads coordinates in the bases."""
         squares = (pieces.seconds.of(own.matrix) / corrections.second).clamp_min(LEAST_SQUARE)
         return own._replace(
@@ -224,12 +197,12 @@ class KroneckerAdamTerm(AdamTerm):
             is_turned=True,
         )
 
-    def _floor(self, squares: Tensor, corrections: "_Corrections") -> Tensor:
+    def _floor(self, squares: Tensor, corrections: Corrections) -> Tensor:
         """Return what is added to roots of squares ()."""
         return corrections.epsilon + self.damping() * squares.mean().sqrt()
 
     def _follow_squares(
-        self, matrix: Matrix, basis: Basis, gradient: Tensor, pieces: "_Pieces", corrections: "_Corrections"
+        self, matrix: Matrix, basis: Basis, gradient: Tensor, pieces: MatrixPieces, corrections: Corrections
     ) -> Basis:
         """Return the basis with the preconditioners of this look, and put the new second moments in their places."""
         looks = self.follows(basis.age)
@@ -248,7 +221,7 @@ class KroneckerAdamTerm(AdamTerm):
         return torch.where(self.follows(basis.age), self.gap(basis.age), 0.0)
 
     def _turn(
-        self, matrix: Matrix, old: Basis, pieces: "_Pieces", corrections: "_Corrections", around: Surroundings
+        self, matrix: Matrix, old: Basis, pieces: MatrixPieces, corrections: Corrections, around: Surroundings
     ) -> Coordinates:
         """Return a matrix in its new bases, and put the new second moments in their places."""
         gradient = pieces.gradients.of(matrix)
@@ -269,7 +242,7 @@ class KroneckerAdamTerm(AdamTerm):
         return Coordinates(matrix, basis, turned, step, squares, floor, noise, rows, gain, gradient, average, gap)
 
     def _see_noise(
-        self, matrix: Matrix, basis: Basis, pieces: "_Pieces", corrections: "_Corrections", around: Surroundings
+        self, matrix: Matrix, basis: Basis, pieces: MatrixPieces, corrections: Corrections, around: Surroundings
     ) -> tuple[Tensor | None, TurnedRows | None]:
         """Return the moving average of the noise (groups, o, i), put in its place, and the rows that show it.
 
@@ -291,7 +264,7 @@ class KroneckerAdamTerm(AdamTerm):
         return noise.clamp_min(LEAST_SQUARE), rows
 
     def _turn_basis(
-        self, matrix: Matrix, old: Basis, gradient: Tensor, pieces: "_Pieces", around: Surroundings
+        self, matrix: Matrix, old: Basis, gradient: Tensor, pieces: MatrixPieces, around: Surroundings
     ) -> Basis:
         """Return the basis of this step, and turn the second moments of earlier ones into it."""
         if not around.follow:
@@ -333,53 +306,3 @@ class KroneckerAdamTerm(AdamTerm):
         else:
             renewed, seconds = renew(follow(old, moments, 1 - TIE_BREAK), seconds, due & (old.age > 1), self.method)
         return followed._replace(rows=renewed.rows, columns=renewed.columns), seconds
-
-
-class _Corrections(NamedTuple):
-    """Decay of the second moment, epsilon, and what both averages are divided by for their start at zero, each ()."""
-
-    beta2: Tensor
-    epsilon: Tensor
-    first: Tensor
-    second: Tensor
-
-    @classmethod
-    def of_chunks(
-        cls, term: KroneckerAdamTerm, chunks: Sequence[ChunkInputs], most: float = 1.0
-    ) -> "list[_Corrections]":
-        """Return those of each chunk, the decay of the second moment being so much at most."""
-        beta2, epsilon = term.beta2().clamp_max(most), term.epsilon()
-        found = []
-        for inputs in chunks:
-            first = torch.ones_like(inputs.step)
-            if term.averages_gradients:
-                first = 1 - torch.pow(term.beta1() if inputs.momentum is None else inputs.momentum, inputs.step)
-            found.append(cls(beta2, epsilon, first, 1 - torch.pow(beta2, inputs.step)))
-        return found
-
-
-class _Pieces(NamedTuple):
-    """Gradients, averages, second moments and directions, and where the term serves a body noise and gains."""
-
-    gradients: FlatPieces
-    averages: FlatPieces
-    seconds: FlatPieces
-    directions: FlatPieces
-    of_body: tuple[FlatPieces, ...]
-
-    @classmethod
-    def cut(cls, layout: Layout, chunks: Sequence[ChunkInputs], averages: Sequence[Tensor]) -> "_Pieces":
-        """Cut the flat tensors of all chunks."""
-        seconds, *of_body = zip(*(inputs.buffers[1:] for inputs in chunks), strict=True)
-        return cls(
-            FlatPieces(layout, [inputs.gradient for inputs in chunks]),
-            FlatPieces(layout, averages),
-            FlatPieces(layout, seconds),
-            FlatPieces(layout, None),
-            tuple(FlatPieces(layout, flats) for flats in of_body),
-        )
-
-    def joined(self) -> list[tuple[Tensor, Buffers]]:
-        """Return each chunk's direction and buffers as flat tensors."""
-        parts = (each.joined() for each in (self.directions, self.averages, self.seconds, *self.of_body))
-        return [(direction, tuple(buffers)) for direction, *buffers in zip(*parts, strict=True)]

@@ -10,7 +10,8 @@ from gmn_optim.constants import constant
 from gmn_optim.rule.basis import Basis
 from gmn_optim.rule.coordinates import Coordinates
 from gmn_optim.rule.features import root
-from gmn_optim.rule.kronecker import FOLLOW_EVERY, KroneckerAdamTerm
+from gmn_optim.rule.kronecker import KroneckerAdamTerm
+from gmn_optim.rule.look_schedule import FOLLOW_EVERY
 from gmn_optim.rule.matrices import Matrix
 from gmn_optim.rule.nominal import LEAST_SQUARE, Buffers, ChunkInputs, Surroundings, nominal_terms
 from gmn_optim.rule.scalars import SPEED, Decay, LogScalar

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gmn_optim.gradients import DecomposedGradient
-from gmn_optim.rule import Layout, RefreshClock, RuleConfig, RuleState, Segment, UpdateRule, build_chunks, kronecker
+from gmn_optim.rule import Layout, RefreshClock, RuleConfig, RuleState, Segment, UpdateRule, build_chunks, look_schedule
 from gmn_optim.rule import matrices as matrices_module
 from gmn_optim.rule.basis import Basis, eigenbases, init_basis, renew
 from gmn_optim.rule.kronecker import KroneckerAdamTerm
@@ -28,7 +28,7 @@ TABLE = Segment("table", (6, 3), "table", "table")
 @pytest.fixture(autouse=True)
 def _early_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let bases be made anew at the steps of ``DUE``."""
-    monkeypatch.setattr(kronecker, "FIRST_STEPS", 4)
+    monkeypatch.setattr(look_schedule, "FIRST_STEPS", 4)
 
 
 def make_rule(dtype: torch.dtype = torch.float64, method: str = "eigh", **config: object) -> UpdateRule:
@@ -253,7 +253,7 @@ def test_factors_of_another_shape_are_not_taken_for_the_matrix_own() -> None:
 
 
 def test_the_clock_tells_when_any_basis_is_due(monkeypatch) -> None:
-    monkeypatch.setattr(kronecker, "FIRST_STEPS", 2)
+    monkeypatch.setattr(look_schedule, "FIRST_STEPS", 2)
     rule = make_rule()
     state = rule.init_state(lay_out(WEIGHT))
     clock, due = RefreshClock(rule.nominal, state), []

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gmn_optim.gradients import DecomposedGradient
-from gmn_optim.rule import Layout, RefreshClock, RuleConfig, Segment, UpdateRule, build_chunks, kronecker, matrices
+from gmn_optim.rule import Layout, RefreshClock, RuleConfig, Segment, UpdateRule, build_chunks, look_schedule, matrices
 from gmn_optim.rule.kronecker import KroneckerAdamTerm
 from gmn_optim.rule.scalars import Decay
 from gmn_optim.rule.schedule_free import KroneckerScheduleFreeTerm
@@ -24,7 +24,7 @@ CLOSE = {"rtol": 1e-6, "atol": 1e-7}  # exponents are stored in float32
 @pytest.fixture(autouse=True)
 def _early_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let bases be made anew at the steps of ``DUE``."""
-    monkeypatch.setattr(kronecker, "FIRST_STEPS", 4)
+    monkeypatch.setattr(look_schedule, "FIRST_STEPS", 4)
 
 
 def make_rule() -> UpdateRule:
