@@ -24,4 +24,4 @@ def keep_freed_memory() -> None:
     Example:
         >>> keep_freed_memory()
     """
-    torch.empty(LARGEST_ADAPTIVE_BLOCK, dtype=torch.uint8)
+    torch.empty(LARGEST_ADAPTIVE_BLOCK, dtype=torch.uint8, device="cpu")

@@ -102,11 +102,10 @@ class Stepper:
             log: Where the step is counted.
         """
         plan = self._prepare(active, capture, state, log)
-        follow = plan.clock.follows and not _let_go_by(capture)
-        factors = {}
-        if capture is not None and follow:
+        sees, factors = not _let_go_by(capture), {}
+        if capture is not None and plan.clock.follows and sees:
             factors = self._explained_factors(capture, active, plan.state.step, verdicts)
-        _take(plan, active, factors, _neurons(factors, plan, active, verdicts), follow, log)
+        _take(plan, active, factors, _neurons(factors, plan, active, verdicts), sees, log)
 
     def _explained_factors(
         self,
@@ -265,7 +264,7 @@ def _take(
     active: Sequence[ActiveParameter],
     factors: Mapping[str, DecomposedGradient],
     neurons: NeuronSets | None,
-    follow: bool,
+    sees: bool,
     log: StepLog,
 ) -> None:
     """Compute the updates, apply them and remember the new state."""
@@ -275,7 +274,7 @@ def _take(
     gradients = _flatten(chunks, {name: _descended(each) for name, each in by_name.items()}, like)
     momenta = [_momentum(by_name[chunk.segments[0].name].group, like) for chunk in chunks]
     inputs = parameters, gradients, plan.state, plan.layout, neurons, momenta, factors
-    updates, state = plan.rule(*inputs, refresh=plan.clock.is_due, follow=follow)
+    updates, state = plan.rule(*inputs, refresh=plan.clock.is_due, follow=plan.clock.follows, sees=sees)
     _apply_updates(plan, updates, by_name)
     log.measured = [
         measure_chunk(chunk, update, gradient, [by_name[segment.name].group["lr"] for segment in chunk.segments])

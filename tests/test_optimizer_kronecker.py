@@ -268,3 +268,31 @@ def test_functional_use_trains_without_warnings() -> None:
     nn.functional.linear(torch.randn(8, 5), weight).square().mean().backward()
     optimizer.step()
     assert not torch.equal(before, weight) and sources(optimizer)["0.weight"].startswith(GRAM)
+
+
+def test_layers_that_take_turns_are_all_followed() -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)])
+    optimizer = GMNOptimizer(model, weights=None, nominal="kronecker_schedule_free")
+    seen: list[list[Tensor]] = [[], []]
+    for step in range(80):
+        layer = model[step % 2]
+        optimizer.zero_grad()
+        layer(torch.randn(6, 4)).square().sum().backward()
+        optimizer.step()
+        seen[step % 2].append(optimizer.state[layer.weight]["basis_row_preconditioner"].clone())
+    for own in seen:
+        assert not torch.equal(own[14], own[19]) and not torch.equal(own[29], own[34])
+
+
+def test_a_layer_that_joins_between_two_looks_takes_a_step_at_once() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).requires_grad_(True)
+    optimizer = GMNOptimizer(model, weights=None, nominal="kronecker_schedule_free")
+    for step in range(1, 13):
+        model[0].requires_grad_(step == 12)
+        before = model[0].weight.detach().clone()
+        optimizer.zero_grad()
+        model(torch.randn(6, 4)).square().sum().backward()
+        optimizer.step()
+    assert (model[0].weight - before).abs().max() > 1e-4

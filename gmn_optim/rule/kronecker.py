@@ -151,8 +151,8 @@ class KroneckerAdamTerm(LookSchedule, AdamTerm):
         """Return the steps of all matrices, as a learned term changes them, and its memories; keep its gains."""
         if around.change is None:
             return [each.step for each in turned], [each.basis.memory for each in turned]
-        changed = around.change(turned, around.follow)
-        if around.follow and pieces.of_body:
+        changed = around.change(turned, around.looks)
+        if around.looks and pieces.of_body:
             for each, (_, gain, _) in zip(turned, changed, strict=True):
                 pieces.of_body[1].put(each.matrix, torch.where(self.follows(each.basis.age), gain, each.gain))
         return [each.step for each in changed], [each.memory for each in changed]
@@ -174,8 +174,7 @@ class KroneckerAdamTerm(LookSchedule, AdamTerm):
         if around.follow:
             basis = self._follow_squares(matrix, basis, gradient, pieces, corrections)
         step = preconditioned(basis, gradient)
-        size = root(sum_of_products([step], [step]) / step.numel())
-        step = step * (LARGEST_SIZE / size.clamp_min(LARGEST_SIZE))
+        step = step * _bound(step)
         average = pieces.averages.of(matrix) if around.change is not None else gradient
         noise, rows = self._see_noise(matrix, basis, pieces, corrections, around)
         gap = self._gap_of_look(basis, around)
@@ -216,7 +215,7 @@ class KroneckerAdamTerm(LookSchedule, AdamTerm):
 
     def _gap_of_look(self, basis: Basis, around: Surroundings) -> Tensor | float:
         """Return how many steps this look stands for, 0 if there is none."""
-        if around.change is None or not around.follow:
+        if around.change is None or not around.looks:
             return 0.0
         return torch.where(self.follows(basis.age), self.gap(basis.age), 0.0)
 
@@ -249,7 +248,7 @@ class KroneckerAdamTerm(LookSchedule, AdamTerm):
         The average holds between two looks. It is corrected for its start at zero as it stands: a look that stands for
         n of t steps weighs ``(1 - beta2^n) / (1 - beta2^t)``.
         """
-        if not (self.serves_body and around.follow):
+        if not (self.serves_body and around.looks):
             return None, None
         if not pieces.of_body:
             return None, rows_of(matrix, around.factors.get(matrix.weight.layer))
@@ -267,7 +266,7 @@ class KroneckerAdamTerm(LookSchedule, AdamTerm):
         self, matrix: Matrix, old: Basis, gradient: Tensor, pieces: MatrixPieces, around: Surroundings
     ) -> Basis:
         """Return the basis of this step, and turn the second moments of earlier ones into it."""
-        if not around.follow:
+        if not around.looks:
             return old._replace(age=old.age + 1)
         factors = around.factors.get(matrix.weight.layer)
         if not around.refresh:
@@ -306,3 +305,11 @@ class KroneckerAdamTerm(LookSchedule, AdamTerm):
         else:
             renewed, seconds = renew(follow(old, moments, 1 - TIE_BREAK), seconds, due & (old.age > 1), self.method)
         return followed._replace(rows=renewed.rows, columns=renewed.columns), seconds
+
+
+def _bound(step: Tensor) -> Tensor:
+    """Return what a step (groups, o, i) is multiplied by so that it is no larger than allowed ()."""
+    size = root(sum_of_products([step], [step]) / step.numel())
+    # squares overflow in float32 long before the step does
+    size = torch.where(size.isfinite(), size, torch.linalg.vector_norm(step, torch.inf))
+    return LARGEST_SIZE / size.clamp_min(LARGEST_SIZE)

@@ -45,9 +45,18 @@ class LookSchedule:
         return (age <= FIRST_STEPS) | young | (age % self.follow_every == 0) | self.is_due(age)
 
     def gap(self, age: Tensor) -> Tensor:
-        """Return how many steps a look at the ``age``-th step stands for ()."""
-        later = torch.where(age <= YOUNG, float(self._young_follow_every), float(self.follow_every))
-        return torch.where(age <= FIRST_STEPS, 1.0, later)
+        """Return how many steps a look at the ``age``-th step stands for (): those since the look before."""
+        before = age - 1
+        young = before.clamp_max(YOUNG)
+        last = before.clamp_max(FIRST_STEPS)
+        for looked, every in (
+            (young, self._young_follow_every),
+            (young, min(self.refresh_every, YOUNG_EVERY)),
+            (before, self.follow_every),
+            (before, self.refresh_every),
+        ):
+            last = torch.maximum(last, looked // every * every)
+        return age - last
 
     @property
     def _young_follow_every(self) -> int:

@@ -38,8 +38,8 @@ class Surroundings(NamedTuple):
         refresh: Whether bases that are due are made anew; without it none is due.
         parameters: Flat parameters of each chunk (size).
         change: Changes the steps that a term takes in the coordinates of its bases; told ``follow``.
-        follow: Whether bases follow the gradients' second moments at this step, and the learned term looks anew;
-            without it there are no factors to see.
+        follow: Whether second moments are followed at this step, and bases and the learned term look anew.
+        sees: Whether there are factors to see then; without them bases and the learned term hold.
         turns: Whether bases are made anew at all (), None if so; otherwise they stay the axes.
     """
 
@@ -50,6 +50,12 @@ class Surroundings(NamedTuple):
     change: Callable[[Sequence[Coordinates], bool], "Sequence[ChangedStep]"] | None = None
     follow: bool = True
     turns: Tensor | None = None
+    sees: bool = True
+
+    @property
+    def looks(self) -> bool:
+        """Return whether bases and the learned term look anew."""
+        return self.follow and self.sees
 
 
 class ChangedStep(NamedTuple):

@@ -46,9 +46,9 @@ class KroneckerScheduleFreeTerm(KroneckerAdamTerm):
     at step t, 0.005 at least. That is a momentum whose memory grows with the training, so noise is averaged away at a
     constant step size, as by a schedule that ends at zero, but without the length of the training being known.
 
-    Where factors explain the gradient of a weight, the roots of its second moments in the basis are taken for products
-    of a number for each row and one for each column, and followed when the factors are read. Steps between two looks
-    then cost one product for each side (:mod:`gmn_optim.rule.preconditioner`).
+    The roots of a weight's second moments in the basis are taken for products of a number for each row and one for each
+    column, and followed when the factors are read, unless these miss the gradient. Steps between two looks then cost
+    one product for each side (:mod:`gmn_optim.rule.preconditioner`).
 
     The steps of a matrix shrink with the root of its inputs and of the number of matrices, since more small steps add
     up at an output of a wide layer and of a deep model. They follow the size of its weights before the first step (root

@@ -154,6 +154,7 @@ class UpdateRule(nn.Module):
         factors: Mapping[str, DecomposedGradient] | None = None,
         refresh: bool = True,
         follow: bool = True,
+        sees: bool = True,
     ) -> tuple[tuple[ChunkUpdate, ...], RuleState]:
         """Return each chunk's update and the new state.
 
@@ -169,6 +170,8 @@ class UpdateRule(nn.Module):
                 due, see :class:`gmn_optim.rule.clock.RefreshClock`.
             follow: Whether a nominal term with bases, and a body in them, look at the factors at this step. Without it
                 there need be none.
+            sees: Whether the factors of this step are known. Without them second moments are followed, and what looks
+                at factors holds.
         """
         embedding, memory = None, state.memory
         step = state.step + 1
@@ -182,7 +185,7 @@ class UpdateRule(nn.Module):
             )
         ]
         change = self._learned_steps(layout, parameters, step)
-        around = Surroundings(layout, factors or {}, refresh, parameters, change, follow)
+        around = Surroundings(layout, factors or {}, refresh, parameters, change, follow, sees=sees)
         nominal, bases = self.nominal.directions(inputs, state.bases, around)
         if change is not None:
             results = self._scale_chunks(layout, state.chunks, nominal, change)

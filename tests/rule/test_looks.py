@@ -69,6 +69,17 @@ def test_factors_are_read_at_the_first_steps_at_every_so_many_and_where_bases_ar
     assert found == wanted
 
 
+@pytest.mark.parametrize(
+    ("refresh_every", "follow_every"), [(50, 10), (50, 5), (50, 7), (4, 3), (50, 70), (30, 1_000), (7, 1)]
+)
+def test_a_look_stands_for_the_steps_since_the_look_before(refresh_every: int, follow_every: int) -> None:
+    term, last = KroneckerAdamTerm(refresh_every=refresh_every, follow_every=follow_every), 0
+    for age in range(1, 400):
+        if term.follows(age):
+            assert term.gap(torch.tensor(float(age))).item() == age - last, age
+            last = age
+
+
 def test_rules_without_bases_and_those_with_gradmetanet_look_at_every_step() -> None:
     for rule in (UpdateRule(RuleConfig(nominal="adam")), make_rule("eigenbasis+gmn")):
         clock = RefreshClock(rule.nominal, rule.init_state(lay_out(True)))

@@ -90,3 +90,15 @@ def test_a_long_side_that_keeps_the_axes_divides_every_entry_by_its_own_root() -
     side, roots = sides.init_side(1, N, draw(1))[0], draw(1, N, seed=1).abs()
     found = precondition(make_preconditioner(side, roots, torch.tensor(FLOOR).double()), torch.eye(N).double()[None])
     torch.testing.assert_close(found[0], torch.diag(1 / (roots[0] + FLOOR)))
+
+
+def test_trainings_side_by_side_are_as_one_after_another() -> None:
+    # a warning that an operation falls back to a loop over trainings would be an error
+    moments, roots, rows = draw(3, 1, N, 5), draw(3, 1, N, seed=1).abs(), draw(3, 1, 6, N, seed=2)
+
+    def run(moment: Tensor, root: Tensor, row: Tensor) -> Tensor:
+        made = make_preconditioner(sides.leading_basis(moment), root, torch.tensor(FLOOR).double())
+        return precondition(made, row) + precondition_columns(made, row.mT).mT
+
+    found = torch.func.vmap(run)(moments, roots, rows)
+    torch.testing.assert_close(found, torch.stack([run(*each) for each in zip(moments, roots, rows, strict=True)]))

@@ -194,7 +194,7 @@ def test_wide_layers_of_a_network_with_small_weights_take_smaller_steps() -> Non
 
 
 def test_between_two_looks_preconditioners_hold() -> None:
-    rule, layout, looks = make_rule(), layers(3, 4), {1: 1, 2: 1, 3: 1, 4: 1, 6: 3, 8: 3, 9: 3, 12: 3}
+    rule, layout, looks = make_rule(), layers(3, 4), {1: 1, 2: 1, 3: 1, 4: 1, 6: 2, 8: 2, 9: 1, 12: 3}
     rule.nominal.follow_every = 3
     (start,) = draw(1, 16)
     state, current = rule.init_state(layout, start), (start,)
@@ -234,3 +234,27 @@ def test_there_is_no_step_before_the_first_look() -> None:
     (start,) = draw(1, 16)
     (update,), _ = rule((start,), (start,), rule.init_state(layout, start), layout, refresh=False, follow=False)
     assert not update.step.any()
+
+
+def test_second_moments_are_followed_where_the_factors_of_a_look_are_not_known() -> None:
+    rule, layout = make_rule(), layers(3, 4)
+    (start,) = draw(1, 16)
+    slow = reference.KroneckerScheduleFree(joined(layout.chunks[0].unflatten(start), "0"), (False, False), (), 1.0)
+    slow.scale = reference.schedule_free_scale(layout.chunks[0].unflatten(start)["0.weight"].numpy(), 3, 1)
+    state, current = rule.init_state(layout, start), (start,)
+    for gradient in draw(3, 16, seed=1):
+        (update,), state = rule(current, (gradient,), state, layout, refresh=True, follow=True, sees=False)
+        current = (current[0] - update.step,)
+        wanted = torch.from_numpy(slow.move(joined(layout.chunks[0].unflatten(gradient), "0"), None, ALPHA))
+        found = torch.from_numpy(joined(layout.chunks[0].unflatten(current[0]), "0"))
+        torch.testing.assert_close(found, wanted, **CLOSE)
+    assert torch.equal(state.bases[0].rows[0], torch.eye(4).double()) and not state.bases[0].row_moment.any()
+
+
+def test_steps_are_bounded_where_their_squares_overflow() -> None:
+    rule, layout = make_rule().float(), layers(3, 4)
+    (start,) = draw(1, 16)
+    start = start.float()
+    (_,), state = rule((start,), (0 * start,), rule.init_state(layout, start), layout)
+    (update,), _ = rule((start,), (1e6 * start,), state, layout, refresh=False, follow=False)
+    assert update.step.isfinite().all() and update.step.abs().max() > 1e-3
