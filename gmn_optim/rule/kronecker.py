@@ -311,5 +311,5 @@ def _bound(step: Tensor) -> Tensor:
     """Return what a step (groups, o, i) is multiplied by so that it is no larger than allowed ()."""
     size = root(sum_of_products([step], [step]) / step.numel())
     # squares overflow in float32 long before the step does
-    size = torch.where(size.isfinite(), size, torch.linalg.vector_norm(step, torch.inf))
+    size = torch.where(size.isfinite(), size, step.abs().amax())
     return LARGEST_SIZE / size.clamp_min(LARGEST_SIZE)
