@@ -212,7 +212,7 @@ def with_preconditioners(basis: Basis, roots: Tensor, floor: Tensor, epsilon: Te
 
     Reference:
         Shazeer and Stern (2018), "Adafactor", arXiv 1804.04235, for the factors; there they are of the second moments
-        themselves, which does worse here.
+        themselves.
     """
     mean = roots.mean((-2, -1)).unsqueeze(-1)
     of_rows = make_preconditioner(basis.rows, roots.mean(-1), floor * mean + epsilon)

@@ -35,7 +35,7 @@ def make_preconditioner(side: Tensor, roots: Tensor, floor: Tensor) -> Tensor:
     Args:
         side: Its basis, see :mod:`gmn_optim.rule.sides`; empty for a side without one.
         roots: What each coordinate in the basis is divided by (groups, n).
-        floor: Added to them ().
+        floor: Added to them, () or (groups, 1).
 
     Example:
         >>> flip = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]])

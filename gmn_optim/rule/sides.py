@@ -167,9 +167,7 @@ def split_leading(side: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     An entry whose place an eigenvector has taken gets the mean of the others (groups, n).
     """
     axes = side[..., -LEADING:]
-    taken = axes.sum(-1)
-    mean = (values * (1 - taken)).sum(-1, keepdim=True) / (1 - taken).sum(-1, keepdim=True)
-    return (values.unsqueeze(-2) @ axes).squeeze(-2), torch.where(taken > 0, mean, values)
+    return (values.unsqueeze(-2) @ axes).squeeze(-2), _of_entries(axes.sum(-1), values)
 
 
 def turn_squares(new: Tensor, old: Tensor, squares: Tensor) -> Tensor:
@@ -189,10 +187,15 @@ def turn_squares(new: Tensor, old: Tensor, squares: Tensor) -> Tensor:
     shares = turn(old, (turned_to + across + axes).mT).square()
     leading = squares @ shares.mT
     had, has = old[..., -LEADING:].sum(-1).unsqueeze(-2), axes.sum(-1).unsqueeze(-2)
-    mean = (squares * (1 - had)).sum(-1, keepdim=True) / (1 - had).sum(-1, keepdim=True)
-    rest = torch.where(had > 0, mean, squares) * (1 - has)
+    rest = _of_entries(had, squares) * (1 - has)
     left = (squares.sum(-1, keepdim=True) - leading.sum(-1, keepdim=True)).clamp_min(0.0)
     return rest * (left / rest.sum(-1, keepdim=True).clamp_min(TINY)) + leading @ axes.mT
+
+
+def _of_entries(taken: Tensor, values: Tensor) -> Tensor:
+    """Return values (..., n) of a long side, the mean of the others at entries whose places eigenvectors have taken."""
+    mean = (values * (1 - taken)).sum(-1, keepdim=True) / (1 - taken).sum(-1, keepdim=True)
+    return torch.where(taken > 0, mean, values)
 
 
 def _evenly_ranked(rows: Tensor) -> Tensor:
