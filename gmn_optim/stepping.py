@@ -21,6 +21,7 @@ from gmn_optim.places import ActiveParameter, spaces_of
 from gmn_optim.report import StepLog, measure_chunk
 from gmn_optim.rule import Chunk, Layout, RefreshClock, RuleConfig, RuleState, Segment, UpdateRule, build_chunks
 from gmn_optim.rule.scalars import fix_scalars
+from gmn_optim.rule.training_constants import TrainingConstants
 from gmn_optim.rule.update import ChunkUpdate
 
 StateByParameter = MutableMapping[Tensor, MutableMapping[str, Any]]
@@ -41,6 +42,7 @@ class _Plan(NamedTuple):
         entries: The values of the optimizer's state, views of the flat one.
         guarded: Per chunk, counts of guarded steps (segments), or None where no learned term serves it.
         clock: Says when the nominal term's bases are made anew.
+        constants: What the rule found to stay as it is.
     """
 
     key: _Key
@@ -52,6 +54,7 @@ class _Plan(NamedTuple):
     entries: list[Tensor]
     guarded: list[Tensor | None]
     clock: RefreshClock
+    constants: TrainingConstants
 
 
 class Stepper:
@@ -154,7 +157,8 @@ class Stepper:
         packed = pack_state(rule, layout, {each.name: state[each.parameter] for each in active}, like)
         clock = RefreshClock(rule.nominal, packed)
         guarded = [log.guard_counts(chunk, like.device) if chunk.learned else None for chunk in layout.chunks]
-        return _Plan(key, wiring, layout, packed, rule, rule.alpha(), _entries(state, active), guarded, clock)
+        entries, constants = _entries(state, active), TrainingConstants()
+        return _Plan(key, wiring, layout, packed, rule, rule.alpha(), entries, guarded, clock, constants)
 
     def _rule_like(self, like: Tensor) -> UpdateRule:
         """Return the rule with the dtype and device of a computation."""
@@ -274,7 +278,8 @@ def _take(
     gradients = _flatten(chunks, {name: _descended(each) for name, each in by_name.items()}, like)
     momenta = [_momentum(by_name[chunk.segments[0].name].group, like) for chunk in chunks]
     inputs = parameters, gradients, plan.state, plan.layout, neurons, momenta, factors
-    updates, state = plan.rule(*inputs, refresh=plan.clock.is_due, follow=plan.clock.follows, sees=sees)
+    when = {"refresh": plan.clock.is_due, "follow": plan.clock.follows, "sees": sees, "age": plan.clock.age}
+    updates, state = plan.rule(*inputs, **when, constants=plan.constants)
     _apply_updates(plan, updates, by_name)
     log.measured = [
         measure_chunk(chunk, update, gradient, [by_name[segment.name].group["lr"] for segment in chunk.segments])

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gmn_optim.gradients import DecomposedGradient
 from gmn_optim.registry import Registry
+from gmn_optim.rule.look_schedule import choose
 from gmn_optim.rule.matrices import Matrix
 from gmn_optim.rule.preconditioner import init_preconditioner, make_preconditioner, precondition, precondition_columns
 from gmn_optim.rule.sides import (
@@ -164,7 +165,7 @@ def iterate(moment: Tensor, basis: Tensor) -> Tensor:
     return torch.linalg.qr((image + shift * basis).gather(-1, order))[0]
 
 
-def renew(basis: Basis, second: Tensor, due: Tensor, method: Eigenbasis) -> tuple[Basis, Tensor]:
+def renew(basis: Basis, second: Tensor, due: bool | Tensor, method: Eigenbasis) -> tuple[Basis, Tensor]:
     """Return the basis, made anew where that is due, and second moments (..., groups, o, i) turned into it.
 
     The second moment is taken for the variances of uncorrelated coordinates; of those of the new basis, which are
@@ -173,7 +174,7 @@ def renew(basis: Basis, second: Tensor, due: Tensor, method: Eigenbasis) -> tupl
     Args:
         basis: The bases so far.
         second: Moving averages of squared gradients in them.
-        due: Whether they are made anew ().
+        due: Whether they are made anew, ().
         method: How, of sides of which all eigenvectors are kept.
     """
     turned, sides = second, []
@@ -183,8 +184,8 @@ def renew(basis: Basis, second: Tensor, due: Tensor, method: Eigenbasis) -> tupl
             continue
         new = method(moment, old) if is_square(old) else leading_basis(moment)
         turned = turn_squares(new, old, turned.mT).mT if axis == 0 else turn_squares(new, old, turned)
-        sides.append(torch.where(due, new, old))
-    return basis._replace(rows=sides[0], columns=sides[1]), torch.where(due, turned, second)
+        sides.append(choose(due, new, old))
+    return basis._replace(rows=sides[0], columns=sides[1]), choose(due, turned, second)
 
 
 def into(basis: Basis, values: Tensor) -> Tensor:

@@ -32,6 +32,11 @@ class RefreshClock:
         """Whether factors are read at the coming step."""
         return any(bool(self._nominal.follows(age + 1)) for age in self._ages or [0])
 
+    @property
+    def age(self) -> int | None:
+        """Which step of the bases the coming one is, None if they are of several ages or there are none."""
+        return self._ages[0] + 1 if len(self._ages) == 1 else None
+
     def advance(self) -> None:
         """Count a step."""
         self._ages = [age + 1 for age in self._ages]

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from gmn_optim.nn.gradmetanet import GradMetaNetConfig
 from gmn_optim.rule.body import AbstractMatrixBody, MatrixChange, bodies
 from gmn_optim.rule.coordinates import Coordinates
-from gmn_optim.rule.features import root, sum_of_products
+from gmn_optim.rule.features import inner_product, root
+from gmn_optim.rule.look_schedule import choose
 from gmn_optim.rule.matrices import Matrix
 from gmn_optim.rule.nominal import LEAST_SQUARE
 
@@ -142,7 +143,8 @@ def _align(turned: Sequence[Coordinates]) -> Tensor:
 def _look(turned: Sequence[Coordinates]) -> Tensor:
     """Return memories (n, 3) that have followed this step, and the signal against noise of this look."""
     pace, cosine, ratio = _align(turned).unbind(-1)
-    signal, ages = torch.stack([_square(each.own_gradient) for each in turned]), _ages(turned)
+    signal = torch.stack([inner_product(each.own_gradient, each.own_gradient) for each in turned])
+    ages = _ages(turned)
     noise = torch.stack([_noise(each) for each in turned])
     now = _log(signal) - _log(noise)
     weight = torch.where(ages <= 1, 1.0, (1 / ages).clamp_min(NOISE_WEIGHT))
@@ -158,7 +160,10 @@ def _ages(turned: Sequence[Coordinates]) -> Tensor:
 
 def _gaps(turned: Sequence[Coordinates], like: Tensor) -> Tensor:
     """Return how many steps this look stands for (n), 0 at a single row, which shows no noise."""
-    gaps = [each.gap if each.rows.backprops.shape[-2] > 1 else 0.0 for each in turned]
+    shows = [each.rows.backprops.shape[-2] > 1 for each in turned]
+    gaps = [
+        choose(each.look.follows, each.look.gap, 0.0) if show else 0.0 for each, show in zip(turned, shows, strict=True)
+    ]
     return torch.stack([torch.as_tensor(gap, dtype=like.dtype, device=like.device) for gap in gaps])
 
 
@@ -194,14 +199,10 @@ def _log(squares: Tensor) -> Tensor:
 
 def _cosines(ones: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
     """Return the cosines of pairs of tensors as vectors (n), 0 where either is zero."""
-    products = torch.stack([sum_of_products([one], [other]) for one, other in zip(ones, others, strict=True)])
-    squares = [torch.stack([_square(each) for each in side]) for side in (ones, others)]
-    return products / (root(squares[0]) * root(squares[1])).clamp_min(LEAST_SQUARE)
-
-
-def _square(values: Tensor) -> Tensor:
-    """Return the squared length of a tensor as a vector ()."""
-    return sum_of_products([values], [values])
+    pairs = zip((*ones, *ones, *others), (*others, *ones, *others), strict=True)
+    products, *squares = torch.stack([inner_product(*pair) for pair in pairs]).view(3, -1).unbind()
+    lengths = root(torch.stack(squares))
+    return products / (lengths[0] * lengths[1]).clamp_min(LEAST_SQUARE)
 
 
 def _annealing_rate(matrices: Sequence[Matrix]) -> float:

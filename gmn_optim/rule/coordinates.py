@@ -6,6 +6,7 @@ from torch import Tensor
 
 from gmn_optim.gradients import DecomposedGradient
 from gmn_optim.rule.basis import Basis, out_of, rows_of_factors
+from gmn_optim.rule.look_schedule import NO_LOOK, Look
 from gmn_optim.rule.matrices import Matrix
 from gmn_optim.rule.sides import turn
 
@@ -53,10 +54,12 @@ class Coordinates(NamedTuple):
         gain: What the learned term added when it looked last, as a share of the step; None without one.
         own_gradient: The mean gradient in the parameter's own coordinates (groups, o, i).
         average: The nominal term's average in the parameter's own coordinates (groups, o, i).
-        gap: Steps that this look at the factors stands for (), 0 if this training does not look.
+        look: Whether this training looks at the factors, and for how many steps that stands.
         is_turned: Whether gradient and step are in the coordinates of the bases.
         own_step: The nominal step in the parameter's own coordinates (groups, o, i), where it was made there and turned
             for a body that reads coordinates in the bases.
+        step_size: Root mean square of the step (), where it is known.
+        bound: What the step is still to be multiplied by (), None for one; the size counts with it.
     """
 
     matrix: Matrix
@@ -70,9 +73,11 @@ class Coordinates(NamedTuple):
     gain: Tensor | None
     own_gradient: Tensor
     average: Tensor
-    gap: Tensor | float = 1.0
+    look: Look = NO_LOOK
     is_turned: bool = True
     own_step: Tensor | None = None
+    step_size: Tensor | None = None
+    bound: Tensor | None = None
 
     def turned_back(self, step: Tensor) -> Tensor:
         """Return a changed step in the parameter's own coordinates; of one that was made there, only the change."""

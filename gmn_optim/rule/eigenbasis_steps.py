@@ -5,13 +5,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gmn_optim.constants import constant_tensor
 from gmn_optim.rule.body import AbstractMatrixBody, MatrixChange
 from gmn_optim.rule.coordinates import Coordinates
-from gmn_optim.rule.features import root, sum_of_products
+from gmn_optim.rule.features import inner_product, root
 from gmn_optim.rule.layout import Chunk, Layout
 from gmn_optim.rule.matrices import Matrix
 from gmn_optim.rule.nominal import ChangedStep
 from gmn_optim.rule.small_weights import LEAST_SIZE, first_sizes
+from gmn_optim.rule.training_constants import TrainingConstants
 
 
 class EigenbasisSteps:
@@ -29,6 +31,7 @@ class EigenbasisSteps:
         limit: The largest step, as a share of the parameters' size (root mean squares).
         floor: Added to that size.
         least_size: Of a matrix at first, see :class:`gmn_optim.rule.RuleConfig`.
+        constants: Of this training.
     """
 
     def __init__(
@@ -40,11 +43,13 @@ class EigenbasisSteps:
         limit: float,
         floor: float,
         least_size: float = 0.0,
+        constants: TrainingConstants | None = None,
     ) -> None:
         self.body, self.layout, self.alpha = body, layout, alpha
+        self.constants = constants or TrainingConstants()
         self.limit, self.floor, self.least_size = limit, floor, least_size
         self.pieces = [list(flat.split(chunk.sizes)) for chunk, flat in zip(layout.chunks, parameters, strict=True)]
-        self._is_known = torch.ones((), dtype=torch.bool)
+        self._is_known: Tensor | bool = True
         self._guarded: dict[tuple[int, int], Tensor] = {}
 
     def __call__(self, turned: Sequence[Coordinates], follow: bool = True) -> list[ChangedStep]:
@@ -56,14 +61,15 @@ class EigenbasisSteps:
         """
         if not turned:
             return []
-        self._is_known = self._knows(turned)
+        self._is_known = self.constants.once("is_known", lambda: self._knows(turned))
         changes = self._changes(turned, follow)
         learned = [number for number, each in enumerate(turned) if self._is_learned(each)]
-        allowed = self._guard([turned[n] for n in learned], [changes[n].gain for n in learned])
-        steps = [each.step for each in turned]
-        for number, gain in zip(learned, allowed, strict=True):
-            steps[number] = steps[number] * (1 + gain)
-        return [ChangedStep(step, *change) for step, change in zip(steps, changes, strict=True)]
+        factors = self._guard([turned[n] for n in learned], [changes[n].gain for n in learned])
+        found = [ChangedStep(each.step, None, *change) for each, change in zip(turned, changes, strict=True)]
+        for number, factor in zip(learned, factors, strict=True):
+            one, step = factor.dim() == 0, turned[number].step
+            found[number] = found[number]._replace(step=step if one else step * factor, factor=factor if one else None)
+        return found
 
     def _changes(self, turned: Sequence[Coordinates], follow: bool) -> list[MatrixChange]:
         """Return what the body makes of all matrices, nothing where the learned term does not serve."""
@@ -80,8 +86,10 @@ class EigenbasisSteps:
         return self.body(served, [each.matrix.gather(self.pieces) for each in served], matrices, self.alpha)
 
     def _allowed(self, change: MatrixChange) -> MatrixChange:
-        """Return a change, or zeros for a model with weights smaller than those of meta-training."""
-        return MatrixChange(*(torch.where(self._is_known, each, torch.zeros_like(each)) for each in change))
+        """Return a change, without gains that are kept for a model with weights smaller than those of meta-training."""
+        if not change.gain.dim():  # the guard leaves that out
+            return change
+        return change._replace(gain=torch.where(self._is_known, change.gain, 0.0))
 
     def _nothing(self, each: Coordinates) -> MatrixChange:
         """Return what leaves a matrix to the nominal term."""
@@ -102,25 +110,28 @@ class EigenbasisSteps:
         return has_rows and each.matrix.has_basis and self._is_learned(each)
 
     def _guard(self, turned: Sequence[Coordinates], gains: Sequence[Tensor]) -> list[Tensor]:
-        """Return the gains, 0 where the step with it is too large, and remember where that is so."""
+        """Return what steps are multiplied by, 1 where that is too large, and remember where that is so."""
         if not turned:
             return []
         sizes = root(self._mean_squares([each.matrix for each in turned])) + self.floor
-        lengths = self.alpha * root(_mean_squares_of_changed(turned, gains).nan_to_num(nan=torch.inf))
-        fits = (lengths <= self.limit * sizes) & self._is_known.to(sizes.device)
+        lengths = self.alpha * _changed_sizes(turned, gains).nan_to_num(nan=torch.inf)
+        fits = (lengths <= self.limit * sizes) & self._is_known
         for each, guarded in zip(turned, (~fits).unbind(), strict=True):
             self._note(each.matrix, guarded)
-        return [torch.where(fit, gain, 0.0) for fit, gain in zip(fits.unbind(), gains, strict=True)]
+        if not any(gain.dim() for gain in gains):
+            return [*(1 + torch.where(fits, torch.stack([*gains]), 0.0)).unbind()]
+        return [1 + torch.where(fit, gain, 0.0) for fit, gain in zip(fits.unbind(), gains, strict=True)]
 
     def _mean_squares(self, matrices: Sequence[Matrix]) -> Tensor:
         """Return the mean square of the parameters of each matrix (n)."""
-        squares, counts = [], []
+        squares, shares = [], []
         for matrix in matrices:
             parts = [self.pieces[part.chunk][part.segment] for part in (matrix.place, matrix.bias) if part is not None]
-            squares.append(sum_of_products(parts, parts))
-            counts.append(sum(len(part) for part in parts))
+            products = [inner_product(part, part) for part in parts]
+            squares.append(products[0] if len(products) == 1 else products[0] + products[1])
+            shares.append(1 / sum(len(part) for part in parts))
         found = torch.stack(squares)
-        return found / found.new_tensor(counts)
+        return found * constant_tensor(tuple(shares), found.dtype, found.device)
 
     def _knows(self, turned: Sequence[Coordinates]) -> Tensor:
         """Return whether every matrix began with large enough weights, or with zeros ()."""
@@ -134,12 +145,15 @@ class EigenbasisSteps:
                 self._guarded[part] = guarded
 
 
-def _mean_squares_of_changed(turned: Sequence[Coordinates], gains: Sequence[Tensor]) -> Tensor:
-    """Return the mean square of each step with its gain (n)."""
+def _changed_sizes(turned: Sequence[Coordinates], gains: Sequence[Tensor]) -> Tensor:
+    """Return the root mean square of each step with its gain (n)."""
+    if any(gain.dim() for gain in gains):
+        return torch.stack([_size(each.step * (1 + gain)) for each, gain in zip(turned, gains, strict=True)])
     # one gain for all coordinates needs no tensor of changed ones
-    changed = [each.step * (1 + gain) if gain.dim() else each.step for each, gain in zip(turned, gains, strict=True)]
-    squares = torch.stack([sum_of_products([each], [each]) for each in changed])
-    factors = 1 + torch.stack(
-        [torch.zeros_like(own) if gain.dim() else gain for own, gain in zip(squares, gains, strict=True)]
-    )
-    return factors.square() * squares / squares.new_tensor([each.numel() for each in changed])
+    sizes = torch.stack([_size(each.step) if each.step_size is None else each.step_size for each in turned])
+    return sizes * (1 + torch.stack([*gains])).abs()
+
+
+def _size(step: Tensor) -> Tensor:
+    """Return the root mean square of a step ()."""
+    return root(inner_product(step, step) / step.numel())

@@ -1,7 +1,5 @@
 """Features of a parameter that the learned term reads: all scale-free."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -18,15 +16,14 @@ TINY = 1e-18
 """Root mean squares below this count as zero; far below any useful gradient, above underflow of squares."""
 
 
-def sum_of_products(ones: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
-    """Return the inner product of two lists of tensors () without a tensor of products.
+def inner_product(one: Tensor, other: Tensor) -> Tensor:
+    """Return the sum of products of elements () without a tensor of products.
 
     Example:
-        >>> sum_of_products([torch.tensor([[1.0, 2.0]])], [torch.tensor([[3.0, 4.0]])])
+        >>> inner_product(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]))
         tensor(11.)
     """
-    products = [torch.dot(one.reshape(-1), other.reshape(-1)) for one, other in zip(ones, others, strict=True)]
-    return products[0] if len(products) == 1 else torch.stack(products).sum()
+    return torch.dot(one.reshape(-1), other.reshape(-1))
 
 
 def root(squares: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Adam in the eigenbasis of the Kronecker factors that each data point's gradient gives."""
 
+import functools
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -18,22 +20,27 @@ from gmn_optim.rule.basis import (
     renew,
     with_preconditioners,
 )
+from gmn_optim.rule.bounded_steps import bounded
 from gmn_optim.rule.coordinates import Coordinates, TurnedRows, rows_of, turn_rows
-from gmn_optim.rule.features import root, sum_of_products
+from gmn_optim.rule.features import root
 from gmn_optim.rule.layout import Layout
-from gmn_optim.rule.look_schedule import FOLLOW_EVERY, LookSchedule
+from gmn_optim.rule.look_schedule import FOLLOW_EVERY, NO_LOOK, Look, LookSchedule, choose
 from gmn_optim.rule.matrices import Matrix
-from gmn_optim.rule.matrix_pieces import Corrections, MatrixPieces
-from gmn_optim.rule.nominal import LEAST_SQUARE, AdamTerm, Buffers, ChunkInputs, Surroundings, nominal_terms
+from gmn_optim.rule.matrix_pieces import ChunkCorrections, Corrections, MatrixPieces
+from gmn_optim.rule.nominal import (
+    LEAST_SQUARE,
+    AdamTerm,
+    Buffers,
+    ChangedStep,
+    ChunkInputs,
+    Surroundings,
+    nominal_terms,
+)
 from gmn_optim.rule.scalars import Decay, LogScalar
 
 MISSED_DECAY = 0.95
 """Squared gradients of layers whose factors miss the gradient are remembered for twenty steps. Such losses
 hold derivatives of the model (PINNs) and fall by orders of magnitude, which a longer memory follows too late."""
-
-LARGEST_SIZE = 1.5
-"""A step of preconditioners has at most this root mean square: between two looks gradients may outgrow what they are
-divided by. Adam's own have one at most."""
 
 TIE_BREAK = 1e-3
 """Share of this step's Gram matrices in a basis that is made from them. With none of it, the basis and with it the step
@@ -105,22 +112,24 @@ class KroneckerAdamTerm(LookSchedule, AdamTerm):
         faster = self._corrections(chunks, MISSED_DECAY) if any(m.weight.missed for m in matrices) else []
         pieces = MatrixPieces.cut(around.layout, chunks, [self.new_average(chunk) for chunk in chunks])
         self._step_vectors(around.layout, pieces, corrections)
-        turned = [
-            self._see(
-                matrix, old, pieces, (faster if matrix.weight.missed else corrections)[matrix.place.chunk], around
-            )
-            for matrix, old in zip(matrices, bases, strict=True)
-        ]
-        steps, memories = self._changed(turned, pieces, around)
-        for each, step, scale in zip(turned, steps, self.matrix_scales(turned, around), strict=True):
-            direction = each.turned_back(step)
-            pieces.directions.put(each.matrix, direction if scale is None else direction * scale)
-        found = zip(turned, memories, strict=True)
-        return pieces.joined(), tuple(each.basis._replace(memory=memory) for each, memory in found)
+        looks = self.looks([basis.age for basis in bases], around.age) if around.follow else [NO_LOOK] * len(matrices)
+        turned = bounded(
+            [
+                self._see(matrix, old, look, faster if matrix.weight.missed else corrections, pieces, around)
+                for matrix, old, look in zip(matrices, bases, looks, strict=True)
+            ]
+        )
+        if pieces.of_body:
+            turned = [self._turned(each, pieces, corrections) for each in turned]
+        changed = self._changed(turned, pieces, around)
+        for each, (step, factor, *_), scale in zip(turned, changed, self.matrix_scales(turned, around), strict=True):
+            pieces.directions.put(each.matrix, each.turned_back(step), _product(each.bound, factor, scale))
+        pairs = zip(turned, changed, strict=True)
+        return pieces.joined(), tuple(each.basis._replace(memory=new.memory) for each, new in pairs)
 
-    def _corrections(self, chunks: Sequence[ChunkInputs], most: float = 1.0) -> list[Corrections]:
+    def _corrections(self, chunks: Sequence[ChunkInputs], most: float = 1.0) -> ChunkCorrections:
         """Return those of each chunk, the decay of the second moment being so much at most."""
-        return Corrections.of_chunks(self, chunks, most, self.averages_gradients)
+        return ChunkCorrections(self, chunks, most, self.averages_gradients)
 
     def new_average(self, inputs: ChunkInputs) -> Tensor:
         """Return the first buffer of a chunk after its average has followed the gradient."""
@@ -131,11 +140,12 @@ class KroneckerAdamTerm(LookSchedule, AdamTerm):
         """Return what the steps of each matrix are multiplied by, None for nothing."""
         return [None] * len(turned)
 
-    def _step_vectors(self, layout: Layout, pieces: MatrixPieces, corrections: Sequence[Corrections]) -> None:
+    def _step_vectors(self, layout: Layout, pieces: MatrixPieces, corrections: ChunkCorrections) -> None:
         """Put the directions and new buffers of what is in no matrix in their places: Adam's."""
-        for parts, chunk_corrections in zip(layout.vectors, corrections, strict=True):
+        for number, parts in enumerate(layout.vectors):
             if not parts:
                 continue
+            chunk_corrections = corrections[number]
             gradient = pieces.gradients.of_parts(parts)
             second = torch.lerp(gradient.square(), pieces.seconds.of_parts(parts), chunk_corrections.beta2)
             root = (second / chunk_corrections.second).clamp_min(LEAST_SQUARE).sqrt() + chunk_corrections.epsilon
@@ -147,52 +157,66 @@ class KroneckerAdamTerm(LookSchedule, AdamTerm):
 
     def _changed(
         self, turned: Sequence[Coordinates], pieces: MatrixPieces, around: Surroundings
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    ) -> Sequence[ChangedStep]:
         """Return the steps of all matrices, as a learned term changes them, and its memories; keep its gains."""
         if around.change is None:
-            return [each.step for each in turned], [each.basis.memory for each in turned]
+            return [ChangedStep(each.step, None, each.step, each.basis.memory) for each in turned]
         changed = around.change(turned, around.looks)
         if around.looks and pieces.of_body:
-            for each, (_, gain, _) in zip(turned, changed, strict=True):
-                pieces.of_body[1].put(each.matrix, torch.where(self.follows(each.basis.age), gain, each.gain))
-        return [each.step for each in changed], [each.memory for each in changed]
+            for each, new in zip(turned, changed, strict=True):
+                pieces.of_body[1].put(each.matrix, choose(each.look.follows, new.gain.expand_as(each.gain), each.gain))
+        return changed
 
     def _see(
-        self, matrix: Matrix, old: Basis, pieces: MatrixPieces, corrections: Corrections, around: Surroundings
+        self,
+        matrix: Matrix,
+        old: Basis,
+        look: Look,
+        of_chunks: ChunkCorrections,
+        pieces: MatrixPieces,
+        around: Surroundings,
     ) -> Coordinates:
         """Return a matrix and its step, by its preconditioners or in its new bases."""
         # where factors miss the gradient it is followed at every step
         preconditions = self.has_preconditioners(matrix) and not matrix.weight.missed
-        return (self._precondition if preconditions else self._turn)(matrix, old, pieces, corrections, around)
+        see = self._precondition if preconditions else self._turn
+        return see(matrix, old, look, of_chunks, pieces, around)
 
     def _precondition(
-        self, matrix: Matrix, old: Basis, pieces: MatrixPieces, corrections: Corrections, around: Surroundings
+        self,
+        matrix: Matrix,
+        old: Basis,
+        look: Look,
+        of_chunks: ChunkCorrections,
+        pieces: MatrixPieces,
+        around: Surroundings,
     ) -> Coordinates:
         """Return a matrix with the step of its preconditioners, which are made anew at a look."""
         gradient = pieces.gradients.of(matrix)
-        basis = self._turn_basis(matrix, old, gradient, pieces, around)
+        basis = self._turn_basis(matrix, old, look, gradient, pieces, around)
         if around.follow:
-            basis = self._follow_squares(matrix, basis, gradient, pieces, corrections)
+            basis = self._follow_squares(matrix, basis, look, gradient, pieces, of_chunks)
         step = preconditioned(basis, gradient)
-        step = step * _bound(step)
         average = pieces.averages.of(matrix) if around.change is not None else gradient
-        noise, rows = self._see_noise(matrix, basis, pieces, corrections, around)
-        gap = self._gap_of_look(basis, around)
-        own = Coordinates(
-            matrix, basis, gradient, step, None, None, noise, rows, None, gradient, average, gap, is_turned=False
+        noise, rows = self._see_noise(matrix, basis, look, pieces, of_chunks, around)
+        return Coordinates(
+            matrix, basis, gradient, step, None, None, noise, rows, None, gradient, average, look, is_turned=False
         )
-        return self._turned(own, pieces, corrections) if pieces.of_body else own
 
-    def _turned(self, own: Coordinates, pieces: MatrixPieces, corrections: Corrections) -> Coordinates:
+    def _turned(self, own: Coordinates, pieces: MatrixPieces, of_chunks: ChunkCorrections) -> Coordinates:
         """Return the same for a body that reads coordinates in the bases."""
+        if own.is_turned:
+            return own
+        corrections, step = of_chunks[own.matrix.place.chunk], own.step * own.bound
         squares = (pieces.seconds.of(own.matrix) / corrections.second).clamp_min(LEAST_SQUARE)
         return own._replace(
             gradient=into(own.basis, own.gradient),
-            step=into(own.basis, own.step),
+            step=into(own.basis, step),
             squares=squares,
             floor=self._floor(squares, corrections),
             gain=pieces.of_body[1].of(own.matrix),
-            own_step=own.step,
+            own_step=step,
+            bound=None,
             is_turned=True,
         )
 
@@ -201,30 +225,39 @@ class KroneckerAdamTerm(LookSchedule, AdamTerm):
         return corrections.epsilon + self.damping() * squares.mean().sqrt()
 
     def _follow_squares(
-        self, matrix: Matrix, basis: Basis, gradient: Tensor, pieces: MatrixPieces, corrections: Corrections
+        self,
+        matrix: Matrix,
+        basis: Basis,
+        look: Look,
+        gradient: Tensor,
+        pieces: MatrixPieces,
+        of_chunks: ChunkCorrections,
     ) -> Basis:
         """Return the basis with the preconditioners of this look, and put the new second moments in their places."""
-        looks = self.follows(basis.age)
-        decay = torch.where(looks, corrections.beta2 ** self.gap(basis.age), 1.0)
+        corrections = of_chunks[matrix.place.chunk]
+        decay = choose(look.follows, corrections.beta2**look.gap, 1.0)
         second = torch.lerp(into(basis, gradient).square(), pieces.seconds.of(matrix), decay)
         pieces.seconds.put(matrix, second)
         roots = (second / corrections.second).clamp_min(LEAST_SQUARE).sqrt()
         new = with_preconditioners(basis, roots, root(self.damping()), corrections.epsilon)
         pairs = zip(new, basis, strict=True)
-        return Basis(*(fresh if fresh is kept else torch.where(looks, fresh, kept) for fresh, kept in pairs))
-
-    def _gap_of_look(self, basis: Basis, around: Surroundings) -> Tensor | float:
-        """Return how many steps this look stands for, 0 if there is none."""
-        if around.change is None or not around.looks:
-            return 0.0
-        return torch.where(self.follows(basis.age), self.gap(basis.age), 0.0)
+        return Basis(*(fresh if fresh is kept else choose(look.follows, fresh, kept) for fresh, kept in pairs))
 
     def _turn(
-        self, matrix: Matrix, old: Basis, pieces: MatrixPieces, corrections: Corrections, around: Surroundings
+        self,
+        matrix: Matrix,
+        old: Basis,
+        look: Look,
+        of_chunks: ChunkCorrections,
+        pieces: MatrixPieces,
+        around: Surroundings,
     ) -> Coordinates:
         """Return a matrix in its new bases, and put the new second moments in their places."""
         gradient = pieces.gradients.of(matrix)
-        basis = self._turn_basis(matrix, old, gradient, pieces, around)
+        basis, corrections = (
+            self._turn_basis(matrix, old, look, gradient, pieces, around),
+            of_chunks[matrix.place.chunk],
+        )
         turned = into(basis, gradient)
         second = torch.lerp(turned.square(), pieces.seconds.of(matrix), corrections.beta2)
         pieces.seconds.put(matrix, second)
@@ -235,13 +268,18 @@ class KroneckerAdamTerm(LookSchedule, AdamTerm):
         average = pieces.averages.of(matrix) if is_seen else gradient
         numerator = into(basis, average) / corrections.first if self.averages_gradients else turned
         step = numerator / (squares.sqrt() + floor)
-        noise, rows = self._see_noise(matrix, basis, pieces, corrections, around)
+        noise, rows = self._see_noise(matrix, basis, look, pieces, of_chunks, around)
         gain = pieces.of_body[1].of(matrix) if pieces.of_body else None
-        gap = self._gap_of_look(basis, around)
-        return Coordinates(matrix, basis, turned, step, squares, floor, noise, rows, gain, gradient, average, gap)
+        return Coordinates(matrix, basis, turned, step, squares, floor, noise, rows, gain, gradient, average, look)
 
     def _see_noise(
-        self, matrix: Matrix, basis: Basis, pieces: MatrixPieces, corrections: Corrections, around: Surroundings
+        self,
+        matrix: Matrix,
+        basis: Basis,
+        look: Look,
+        pieces: MatrixPieces,
+        of_chunks: ChunkCorrections,
+        around: Surroundings,
     ) -> tuple[Tensor | None, TurnedRows | None]:
         """Return the moving average of the noise (groups, o, i), put in its place, and the rows that show it.
 
@@ -255,25 +293,25 @@ class KroneckerAdamTerm(LookSchedule, AdamTerm):
         rows = turn_rows(matrix, basis, around.factors.get(matrix.weight.layer))
         if rows is None:
             return None, None
-        beta2 = corrections.beta2
-        weight = (1 - beta2 ** self.gap(basis.age)) / (1 - beta2**basis.age)
-        weight = torch.where(self.follows(basis.age), weight.clamp_max(1.0), 0.0)
+        beta2 = of_chunks[matrix.place.chunk].beta2
+        weight = (1 - beta2**look.gap) / (1 - beta2**basis.age)
+        weight = choose(look.follows, weight.clamp_max(1.0), 0.0)
         noise = torch.lerp(pieces.of_body[0].of(matrix), rows.noise(), weight)
         pieces.of_body[0].put(matrix, noise)
         return noise.clamp_min(LEAST_SQUARE), rows
 
     def _turn_basis(
-        self, matrix: Matrix, old: Basis, gradient: Tensor, pieces: MatrixPieces, around: Surroundings
+        self, matrix: Matrix, old: Basis, look: Look, gradient: Tensor, pieces: MatrixPieces, around: Surroundings
     ) -> Basis:
         """Return the basis of this step, and turn the second moments of earlier ones into it."""
         if not around.looks:
             return old._replace(age=old.age + 1)
         factors = around.factors.get(matrix.weight.layer)
         if not around.refresh:
-            return self._next_basis(matrix, old, gradient, None, factors)[0]
+            return self._next_basis(matrix, old, look, gradient, None, factors)[0]
         turning = [pieces.seconds, *pieces.of_body[:1]]
         seconds = torch.stack([each.of(matrix) for each in turning])
-        basis, seconds = self._next_basis(matrix, old, gradient, seconds, factors, around.turns)
+        basis, seconds = self._next_basis(matrix, old, look, gradient, seconds, factors, around.turns)
         for each, values in zip(turning, seconds, strict=True):
             each.put(matrix, values)
         return basis
@@ -282,6 +320,7 @@ class KroneckerAdamTerm(LookSchedule, AdamTerm):
         self,
         matrix: Matrix,
         basis: Basis,
+        look: Look,
         gradient: Tensor,
         seconds: Tensor | None,
         factors: DecomposedGradient | None,
@@ -295,21 +334,18 @@ class KroneckerAdamTerm(LookSchedule, AdamTerm):
         explained, moments = moments is not None, moments or moments_of_gradient(matrix, gradient)
         old = basis._replace(age=basis.age + 1)
         # side by side, only trainings at whose own step that is due may look
-        looks = self.follows(old.age)
-        followed = follow(old, moments, torch.where(looks, self.factor_decay(), 1.0))
+        followed = follow(old, moments, choose(look.follows, self.factor_decay(), 1.0))
         if seconds is None:
             return followed, None
-        due = self.is_due(old.age) if turns is None else self.is_due(old.age) & turns
+        due = look.is_due if turns is None else turns & look.is_due
         if explained:
             renewed, seconds = renew(followed, seconds, due, self.method)
         else:
-            renewed, seconds = renew(follow(old, moments, 1 - TIE_BREAK), seconds, due & (old.age > 1), self.method)
+            renewed, seconds = renew(follow(old, moments, 1 - TIE_BREAK), seconds, (old.age > 1) & due, self.method)
         return followed._replace(rows=renewed.rows, columns=renewed.columns), seconds
 
 
-def _bound(step: Tensor) -> Tensor:
-    """Return what a step (groups, o, i) is multiplied by so that it is no larger than allowed ()."""
-    size = root(sum_of_products([step], [step]) / step.numel())
-    # squares overflow in float32 long before the step does
-    size = torch.where(size.isfinite(), size, step.abs().amax())
-    return LARGEST_SIZE / size.clamp_min(LARGEST_SIZE)
+def _product(*factors: Tensor | None) -> Tensor | None:
+    """Return the product of those that are there, None if none is."""
+    given = [factor for factor in factors if factor is not None]
+    return functools.reduce(operator.mul, given) if given else None

@@ -66,12 +66,17 @@ class Matrix:
         bias = pieces[self.bias.chunk][self.bias.segment].view(self.groups, self.rows, 1)
         return torch.cat([weight, bias], dim=-1)
 
-    def scatter(self, values: Tensor, pieces: Pieces) -> None:
-        """Put the elements of the matrix (groups, o, i) in the places of those that stand there."""
+    def scatter(self, values: Tensor, pieces: Pieces, factor: Tensor | None = None) -> None:
+        """Put the elements of the matrix (groups, o, i), times a factor (), in the places of those that stand there."""
         if self.bias is not None:
-            pieces[self.bias.chunk][self.bias.segment] = values[..., -1].reshape(-1)
+            pieces[self.bias.chunk][self.bias.segment] = _times(values[..., -1], factor).reshape(-1)
             values = values[..., :-1]
-        pieces[self.place.chunk][self.place.segment] = values.reshape(-1)
+        pieces[self.place.chunk][self.place.segment] = _times(values, factor).reshape(-1)
+
+
+def _times(values: Tensor, factor: Tensor | None) -> Tensor:
+    """Return values times a factor, None for one."""
+    return values if factor is None else values * factor
 
 
 def find_matrices(chunks: Sequence[tuple[int, Sequence[Segment]]]) -> tuple[Matrix, ...]:

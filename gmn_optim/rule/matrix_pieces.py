@@ -19,26 +19,39 @@ class Corrections(NamedTuple):
     first: Tensor
     second: Tensor
 
-    @classmethod
-    def of_chunks(
-        cls, term: AdamTerm, chunks: Sequence[ChunkInputs], most: float = 1.0, averages: bool = True
-    ) -> "list[Corrections]":
-        """Return those of each chunk.
 
-        Args:
-            term: Has decays and epsilon.
-            chunks: The chunks.
-            most: The largest decay of the second moment.
-            averages: Whether the direction is made of an average of gradients.
-        """
-        beta2, epsilon = term.beta2().clamp_max(most), term.epsilon()
-        found = []
-        for inputs in chunks:
-            first = torch.ones_like(inputs.step)
-            if averages:
-                first = 1 - torch.pow(term.beta1() if inputs.momentum is None else inputs.momentum, inputs.step)
-            found.append(cls(beta2, epsilon, first, 1 - torch.pow(beta2, inputs.step)))
-        return found
+class ChunkCorrections:
+    """Those of each chunk, worked out when they are first asked for: most steps need few.
+
+    Args:
+        term: Has decays and epsilon.
+        chunks: The chunks.
+        most: The largest decay of the second moment.
+        averages: Whether the direction is made of an average of gradients.
+
+    Example:
+        >>> chunk = ChunkInputs(torch.zeros(2), (), torch.ones(()))
+        >>> round(ChunkCorrections(AdamTerm(), [chunk])[0].second.item(), 6)
+        0.001
+    """
+
+    def __init__(self, term: AdamTerm, chunks: Sequence[ChunkInputs], most: float = 1.0, averages: bool = True) -> None:
+        self._term, self._chunks, self._most, self._averages = term, chunks, most, averages
+        self._found: dict[int, Corrections] = {}
+
+    def __getitem__(self, number: int) -> Corrections:
+        """Return those of one chunk."""
+        if number not in self._found:
+            self._found[number] = self._work_out(self._chunks[number])
+        return self._found[number]
+
+    def _work_out(self, inputs: ChunkInputs) -> Corrections:
+        """Return those of a chunk."""
+        term, first = self._term, torch.ones_like(inputs.step)
+        beta2 = term.beta2().clamp_max(self._most)
+        if self._averages:
+            first = 1 - torch.pow(term.beta1() if inputs.momentum is None else inputs.momentum, inputs.step)
+        return Corrections(beta2, term.epsilon(), first, 1 - torch.pow(beta2, inputs.step))
 
 
 class MatrixPieces(NamedTuple):

@@ -13,6 +13,7 @@ from gmn_optim.rule.basis import Basis
 from gmn_optim.rule.coordinates import Coordinates
 from gmn_optim.rule.layout import Layout
 from gmn_optim.rule.scalars import Decay, LogScalar
+from gmn_optim.rule.training_constants import TrainingConstants
 
 Buffers = tuple[Tensor, ...]
 
@@ -41,6 +42,8 @@ class Surroundings(NamedTuple):
         follow: Whether second moments are followed at this step, and bases and the learned term look anew.
         sees: Whether there are factors to see then; without them bases and the learned term hold.
         turns: Whether bases are made anew at all (), None if so; otherwise they stay the axes.
+        age: Which step of all bases this is, None where the host does not know.
+        constants: Of this training; None to work them out.
     """
 
     layout: Layout
@@ -51,23 +54,31 @@ class Surroundings(NamedTuple):
     follow: bool = True
     turns: Tensor | None = None
     sees: bool = True
+    age: int | None = None
+    constants: TrainingConstants | None = None
 
     @property
     def looks(self) -> bool:
         """Return whether bases and the learned term look anew."""
         return self.follow and self.sees
 
+    def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """Return what ``make`` returned at the first step of this training."""
+        return make() if self.constants is None else self.constants.once(name, make)
+
 
 class ChangedStep(NamedTuple):
     """What a learned term in the bases makes of a matrix's nominal step u.
 
     Attributes:
-        step: ``(1 + gain) u`` where the guard allows it, else u (groups, o, i).
+        step: ``(1 + gain) u`` where the guard allows it, else u (groups, o, i), up to the factor.
+        factor: What the step is to be multiplied by (), None for one.
         gain: To be kept until the learned term looks again (groups, o, i), if it keeps gains.
         memory: What the learned term remembers of the matrix (m).
     """
 
     step: Tensor
+    factor: Tensor | None
     gain: Tensor
     memory: Tensor
 

@@ -1,12 +1,16 @@
 """Flat tensors of chunks as the pieces of their segments, of which a rule replaces some."""
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from gmn_optim.rule.layout import Layout, joined
 from gmn_optim.rule.matrices import Matrix, Part
+
+_NOTHING = torch.empty(0)
+"""Stands where a piece is going to be put."""
 
 
 class FlatPieces:
@@ -28,20 +32,22 @@ class FlatPieces:
     def __init__(self, layout: Layout, flats: Sequence[Tensor] | None) -> None:
         self._flats = flats
         self._sizes = [chunk.sizes for chunk in layout.chunks]
-        self._pieces: list[list[Tensor]] = (
-            [[torch.empty(0)] * len(sizes) for sizes in self._sizes]
-            if flats is None
-            else [list(flat.split(sizes)) for flat, sizes in zip(flats, self._sizes, strict=True)]
-        )
         self._replaced: set[int] = set()
+
+    @cached_property
+    def _pieces(self) -> list[list[Tensor]]:
+        """The elements of each segment, cut when they are first asked for."""
+        if self._flats is None:
+            return [[_NOTHING] * len(sizes) for sizes in self._sizes]
+        return [list(flat.split(sizes)) for flat, sizes in zip(self._flats, self._sizes, strict=True)]
 
     def of(self, matrix: Matrix) -> Tensor:
         """Return the elements of a matrix (groups, o, i)."""
         return matrix.gather(self._pieces)
 
-    def put(self, matrix: Matrix, values: Tensor) -> None:
-        """Put the elements of a matrix (groups, o, i) in the place of those that stand there."""
-        matrix.scatter(values, self._pieces)
+    def put(self, matrix: Matrix, values: Tensor, factor: Tensor | None = None) -> None:
+        """Put the elements of a matrix (groups, o, i), times a factor (), in the place of those that stand there."""
+        matrix.scatter(values, self._pieces, factor)
         self._replaced.update(part.chunk for part in (matrix.place, matrix.bias) if part is not None)
 
     def of_parts(self, parts: Sequence[Part]) -> Tensor:
@@ -57,6 +63,8 @@ class FlatPieces:
 
     def joined(self) -> list[Tensor]:
         """Return each chunk's flat tensor, the one that was given where nothing was replaced."""
+        if self._flats is not None and not self._replaced:
+            return [*self._flats]
         return [
             self._flats[number] if self._flats is not None and number not in self._replaced else joined(pieces)
             for number, pieces in enumerate(self._pieces)

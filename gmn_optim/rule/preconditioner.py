@@ -57,7 +57,7 @@ def precondition(preconditioner: Tensor, values: Tensor) -> Tensor:
     if is_square(preconditioner):
         return torch.bmm(values, preconditioner)
     diagonal, w, v = preconditioner.split(_widths(preconditioner), dim=-1)
-    return torch.baddbmm(values * diagonal.mT, torch.bmm(values, w), v.mT)
+    return torch.addcmul(torch.bmm(torch.bmm(values, w), v.mT), values, diagonal.mT)
 
 
 def precondition_columns(preconditioner: Tensor, values: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def precondition_columns(preconditioner: Tensor, values: Tensor) -> Tensor:
     if is_square(preconditioner):
         return torch.bmm(preconditioner, values)
     diagonal, w, v = preconditioner.split(_widths(preconditioner), dim=-1)
-    return torch.baddbmm(values * diagonal, v, torch.bmm(w.mT, values))
+    return torch.addcmul(torch.bmm(v, torch.bmm(w.mT, values)), values, diagonal)
 
 
 def _of_long_side(side: Tensor, roots: Tensor, floor: Tensor) -> Tensor:

@@ -99,7 +99,8 @@ class KroneckerScheduleFreeTerm(KroneckerAdamTerm):
         steps, bases = super().directions(chunks, bases, around)
         sharpness, results = self.sharpness(), []
         if around.turns is not None:
-            sharpness = torch.where(around.turns, sharpness, SMALL_SHARPNESS)
+            turns, usual = around.turns, sharpness
+            sharpness = around.once("sharpness", lambda: torch.where(turns, usual, SMALL_SHARPNESS))
         for chunk, inputs, (step, (_, *seconds)) in zip(around.layout.chunks, chunks, steps, strict=True):
             beta = self.beta().clamp_min(MISSED_BETA) if chunk.missed else self.beta()
             beta = beta if inputs.momentum is None else inputs.momentum
@@ -123,12 +124,15 @@ class KroneckerScheduleFreeTerm(KroneckerAdamTerm):
         if around.refresh:  # at the first step every basis is due
             pairs = zip(matrices, bases, strict=True)
             bases = tuple(b._replace(size=torch.where(b.age == 0, _weight_size(m, around), b.size)) for m, b in pairs)
-        return bases, around._replace(turns=~are_small(first_sizes(matrices, [basis.size for basis in bases])))
+        sizes = [basis.size for basis in bases]
+        return bases, around._replace(turns=around.once("turns", lambda: ~are_small(first_sizes(matrices, sizes))))
 
     def matrix_scales(self, turned: Sequence[Coordinates], around: Surroundings) -> Sequence[Tensor]:
         """Return what the steps of each matrix are multiplied by (), 1 at the reference, see the class."""
-        if not turned:
-            return []
+        return [*around.once("scales", lambda: self._scales(turned, around))] if turned else []
+
+    def _scales(self, turned: Sequence[Coordinates], around: Surroundings) -> tuple[Tensor, ...]:
+        """Return the scales of all matrices."""
         # of a table only the row that is read acts on an output
         matrices, bases = zip(*((each.matrix, each.basis) for each in turned), strict=True)
         inputs = tuple(1 if matrix.weight.role == "table" else matrix.inputs for matrix in matrices)

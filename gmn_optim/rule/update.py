@@ -29,6 +29,7 @@ from gmn_optim.rule.layout import ROLES, Chunk, Layout, Tile
 from gmn_optim.rule.memory import factor_memories
 from gmn_optim.rule.nominal import Buffers, ChunkInputs, Surroundings, nominal_terms
 from gmn_optim.rule.scalars import SPEED, LogScalar
+from gmn_optim.rule.training_constants import TrainingConstants
 
 SIZE_FLOOR = 0.1
 """Added to a tensor's root mean square before the guard compares a step with it: biases start at zero."""
@@ -155,6 +156,8 @@ class UpdateRule(nn.Module):
         refresh: bool = True,
         follow: bool = True,
         sees: bool = True,
+        age: int | None = None,
+        constants: TrainingConstants | None = None,
     ) -> tuple[tuple[ChunkUpdate, ...], RuleState]:
         """Return each chunk's update and the new state.
 
@@ -172,6 +175,8 @@ class UpdateRule(nn.Module):
                 there need be none.
             sees: Whether the factors of this step are known. Without them second moments are followed, and what looks
                 at factors holds.
+            age: Which step of all bases this is, where a clock knows; it saves asking each of them.
+            constants: What the earlier steps of this training found to stay; None to work it out.
         """
         embedding, memory = None, state.memory
         step = state.step + 1
@@ -184,8 +189,9 @@ class UpdateRule(nn.Module):
                 gradients, state.chunks, momenta or [None] * len(layout.chunks), strict=True
             )
         ]
-        change = self._learned_steps(layout, parameters, step)
-        around = Surroundings(layout, factors or {}, refresh, parameters, change, follow, sees=sees)
+        constants = constants or TrainingConstants()
+        change = self._learned_steps(layout, parameters, step, constants)
+        around = Surroundings(layout, factors or {}, refresh, parameters, change, follow, None, sees, age, constants)
         nominal, bases = self.nominal.directions(inputs, state.bases, around)
         if change is not None:
             results = self._scale_chunks(layout, state.chunks, nominal, change)
@@ -198,13 +204,16 @@ class UpdateRule(nn.Module):
         updates, states = tuple(update for update, _ in results), tuple(new for _, new in results)
         return updates, RuleState(states, memory, step, bases)
 
-    def _learned_steps(self, layout: Layout, parameters: Sequence[Tensor], step: Tensor) -> EigenbasisSteps | None:
+    def _learned_steps(
+        self, layout: Layout, parameters: Sequence[Tensor], step: Tensor, constants: TrainingConstants
+    ) -> EigenbasisSteps | None:
         """Return what changes the steps of matrices in their bases, where the body does."""
         if not self.config.in_eigenbasis:
             return None
         config = self.config
         alpha = self.step_size(step)
-        return EigenbasisSteps(self.body, layout, parameters, alpha, config.guard, SIZE_FLOOR, config.least_size)
+        limits = config.guard, SIZE_FLOOR, config.least_size
+        return EigenbasisSteps(self.body, layout, parameters, alpha, *limits, constants)
 
     def _scale_chunks(
         self,

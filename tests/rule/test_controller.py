@@ -11,6 +11,7 @@ from gmn_optim.rule.controller import LEAST_BOUND, LEAST_PACE, RATE, Controller,
 from gmn_optim.rule.coordinates import Coordinates, TurnedRows
 from gmn_optim.rule.eigenbasis_steps import EigenbasisSteps
 from gmn_optim.rule.layout import Layout, Segment, build_chunks
+from gmn_optim.rule.look_schedule import Look
 from tests import reference
 
 LAYOUT = Layout(tuple(build_chunks([Segment("0.weight", (4, 3), "0", "weight")], True)))
@@ -43,7 +44,8 @@ def see(age: int, memory: Tensor, average: Tensor | None = None, gap: float = 1.
     basis = init_basis(MATRIX, gradient, memory=3)._replace(age=torch.tensor(float(age)).double(), memory=memory)
     average = draw(1, 4, 3, seed=99) if average is None else average
     squares, floor = gradient.square(), torch.tensor(1e-4).double()
-    seen = gradient, gradient.sign(), squares, floor, None, rows, None, gradient, average, torch.tensor(gap).double()
+    look = Look(torch.tensor(gap > 0), torch.tensor(False), torch.tensor(gap).double())
+    seen = gradient, gradient.sign(), squares, floor, None, rows, None, gradient, average, look
     return Coordinates(MATRIX, basis, *seen)
 
 
@@ -164,7 +166,7 @@ def test_annealing_leaves_alone_what_the_controller_does_not_serve(
     each = each._replace(matrix=layout.matrices[0], rows=rows, basis=basis)
     parameters = [torch.ones(12).double()]
     steps = EigenbasisSteps(body, layout, parameters, ALPHA, limit=1.0, floor=0.1, least_size=0.25)
-    assert (steps([each], follow)[0].step == each.step).all() != changed
+    assert (steps([each], follow)[0].factor == 1) != changed
 
 
 def test_without_meta_training_the_nominal_step_stays() -> None:

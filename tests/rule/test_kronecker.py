@@ -28,7 +28,8 @@ TABLE = Segment("table", (6, 3), "table", "table")
 @pytest.fixture(autouse=True)
 def _early_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let bases be made anew at the steps of ``DUE``."""
-    monkeypatch.setattr(look_schedule, "FIRST_STEPS", 4)
+    for name in ("FIRST_LOOKS", "FIRST_BASES"):
+        monkeypatch.setattr(look_schedule, name, (1, 2, 3, 4))
 
 
 def make_rule(dtype: torch.dtype = torch.float64, method: str = "eigh", **config: object) -> UpdateRule:
@@ -253,7 +254,7 @@ def test_factors_of_another_shape_are_not_taken_for_the_matrix_own() -> None:
 
 
 def test_the_clock_tells_when_any_basis_is_due(monkeypatch) -> None:
-    monkeypatch.setattr(look_schedule, "FIRST_STEPS", 2)
+    monkeypatch.setattr(look_schedule, "FIRST_BASES", (1, 2))
     rule = make_rule()
     state = rule.init_state(lay_out(WEIGHT))
     clock, due = RefreshClock(rule.nominal, state), []

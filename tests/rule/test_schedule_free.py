@@ -24,7 +24,8 @@ CLOSE = {"rtol": 1e-6, "atol": 1e-7}  # exponents are stored in float32
 @pytest.fixture(autouse=True)
 def _early_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let bases be made anew at the steps of ``DUE``."""
-    monkeypatch.setattr(look_schedule, "FIRST_STEPS", 4)
+    for name in ("FIRST_LOOKS", "FIRST_BASES"):
+        monkeypatch.setattr(look_schedule, name, (1, 2, 3, 4))
 
 
 def make_rule() -> UpdateRule:
