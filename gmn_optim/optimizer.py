@@ -1,6 +1,7 @@
 """GMNOptimizer: a learned optimizer in Adam's place."""
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -285,15 +286,20 @@ class GMNOptimizer(torch.optim.Optimizer):
         require_one_device(self.param_groups)
         if self._capture is not None and not self._capture.closed:
             require_one_process()
+        with nullcontext() if self._capture is None else self._capture.steady():
+            self._update()
+        if self._capture is not None:
+            self._capture.forget()
+            self._capture.enabled = self._stepper.reads_factors
+
+    def _update(self) -> None:
+        """Verify the factors, and update every parameter with a usable gradient."""
         verdicts = self._verify()
         names = name_parameters(self._model, self.param_groups)
         active = find_active(names, self.param_groups, self._places, self._log)
         if active:
             self._warn_of_misses(active)
             self._stepper.step(active, self._capture, verdicts, self.state, self._log)
-        if self._capture is not None:
-            self._capture.forget()
-            self._capture.enabled = self._stepper.reads_factors
 
     def _attach(self) -> None:
         """Hook the model if the rule looks at factors."""

@@ -308,11 +308,19 @@ def _momentum(group: Mapping[str, Any], like: Tensor) -> Tensor | None:
 
 def _apply_updates(plan: _Plan, updates: Sequence[ChunkUpdate], by_name: Mapping[str, ActiveParameter]) -> None:
     """Change all parameters, and count guarded steps without waiting for the device."""
+    together: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
     for chunk, update, guarded in zip(plan.layout.chunks, updates, plan.guarded, strict=True):
         for name, step in chunk.unflatten(update.step).items():
-            _apply(by_name[name].parameter, step, by_name[name].group, plan.alpha)
+            parameter, group = by_name[name].parameter, by_name[name].group
+            if isinstance(group["lr"], Tensor) or group["weight_decay"] or parameter.dtype != step.dtype:
+                _apply(parameter, step, group, plan.alpha)
+            else:
+                for each, of_lr in zip((parameter, step), together.setdefault(group["lr"], ([], [])), strict=True):
+                    of_lr.append(each)
         if guarded is not None:
             guarded.add_(update.guarded)
+    for lr, (parameters, steps) in together.items():
+        torch._foreach_sub_(parameters, steps, alpha=lr)
 
 
 def _apply(parameter: Tensor, step: Tensor, group: Mapping[str, Any], alpha: Tensor) -> None:

@@ -76,6 +76,8 @@ class GradientCapture:
         self._layers: dict[int, ServedLayer] = {}
         self._handles: dict[int | str, RemovableHandle] = {}
         self._containers: dict[int, tuple[str, str]] = {}
+        self._is_steady = False
+        self._steady: dict[str, LayerGroup] | None = None
         self._recorder = Recorder(rows, seed)
         # Not the capture but its table of handles: a finalizer must not keep its object alive.
         weakref.finalize(self, _remove_all, self._handles).atexit = False
@@ -218,10 +220,23 @@ class GradientCapture:
         state = "closed" if self.closed else "attached"
         return f"{type(self).__name__}({len(self._groups())} layers, {state})"
 
+    @contextmanager
+    def steady(self) -> Iterator[None]:
+        """Look only once which layers share weights inside this context, in which none gets another."""
+        self._is_steady = True
+        try:
+            yield
+        finally:
+            self._is_steady, self._steady = False, None
+
     def _groups(self) -> dict[str, LayerGroup]:
         """Group the watched layers by the weights that they have now."""
-        groups = group_layers(self._layers.values())
-        return {name: self._recorder.outside.trim(group) for name, group in groups.items()}
+        if self._steady is not None:
+            return self._steady
+        found = group_layers(self._layers.values())
+        groups = {name: self._recorder.outside.trim(group) for name, group in found.items()}
+        self._steady = groups if self._is_steady else None
+        return groups
 
     def _hook(self, key: int, layer: ServedLayer) -> None:
         """Hook a layer that is not hooked yet."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from gmn_optim.constants import constant_tensor
 from gmn_optim.nn.gradmetanet import GradMetaNetConfig
 from gmn_optim.rule.body import AbstractMatrixBody, MatrixChange, bodies
 from gmn_optim.rule.coordinates import Coordinates
@@ -174,22 +175,23 @@ def _noise(each: Coordinates) -> Tensor:
 
 def _controls(memories: Tensor) -> Tensor:
     """Return features of memories (n, 3) and of their means (n, 6)."""
-    scaled = memories * memories.new_tensor([0.5, COSINE_SCALE, 0.5])
+    scaled = memories * constant_tensor((0.5, COSINE_SCALE, 0.5), memories.dtype, memories.device)
     return torch.cat([scaled, scaled.mean(0, keepdim=True).expand_as(scaled)], dim=-1)
 
 
 def _size_features(each: Coordinates, parameters: Tensor, matrices: int, alpha: Tensor) -> Tensor:
     """Return features of a matrix's sizes (5): sides, number of matrices, weights, and steps of late against them."""
     outputs, inputs = each.step.shape[-2:]
-    square = parameters.square().mean()
+    square = inner_product(parameters, parameters) / parameters.numel()
     sides = [
         math.log(min(max(n, low), high) / reference)
         for n, (low, high, reference) in zip((inputs, outputs, matrices), RANGES, strict=True)
     ]
     weights = _log(square) + math.log(inputs)
-    moved = 2 * alpha.log() + _log(each.average.square().mean()) - _log(square) + 6.0
-    logs = [square.new_tensor(side) for side in sides]
-    return 0.5 * torch.stack([*logs, weights.clamp(-8.0, 8.0), moved.clamp(-8.0, 8.0)])
+    late = inner_product(each.average, each.average) / each.average.numel()
+    moved = 2 * alpha.log() + _log(late) - _log(square) + 6.0
+    logs = constant_tensor(tuple(sides), square.dtype, square.device)
+    return 0.5 * torch.cat([logs, torch.stack([weights, moved]).clamp(-8.0, 8.0)])
 
 
 def _log(squares: Tensor) -> Tensor:

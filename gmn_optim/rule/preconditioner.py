@@ -21,7 +21,7 @@ def init_preconditioner(side: Tensor, groups: int, n: int) -> Tensor:
     Example:
         >>> from gmn_optim.rule.sides import init_side
         >>> [tuple(init_preconditioner(init_side(1, n, torch.zeros(()))[0], 1, n).shape) for n in (3, 400)]
-        [(1, 3, 3), (1, 400, 65)]
+        [(1, 3, 3), (1, 400, 33)]
         >>> init_preconditioner(torch.empty(0), 1, 3).shape
         torch.Size([1, 3, 1])
     """
