@@ -23,6 +23,9 @@ def add_compare(commands: Any) -> None:
     command.add_argument("--arms", nargs="+", metavar="ARM", default=[], help="names of arms; by default all")
     command.add_argument("--out", type=Path, default=DEFAULT_OUT, help="where lines, tables and pictures go")
     command.add_argument("--report", type=Path, metavar="DIR", help="only write the tables and pictures of DIR anew")
+    command.add_argument(
+        "--rivals", nargs="+", metavar="ARM", help="in a report, arms whose best all are compared with"
+    )
     command.add_argument("--seeds", type=int, default=5, help="trainings of each arm on the test set")
     command.add_argument("--tuning-seeds", type=int, default=2, help="trainings at each point of a grid")
     command.add_argument("--steps", type=int, help="of a training; by default the task's horizon")
@@ -43,7 +46,7 @@ def run_compare(options: argparse.Namespace) -> None:
     from gmn_optim.comparison import Protocol, arms, compare, report
 
     if options.report is not None:
-        found = report(options.report)
+        found = report(options.report, options.task, options.rivals)
     elif options.task:
         names = ("seeds", "tuning_seeds", "steps", "every", "examples", "rounds", "threads")
         protocol = Protocol(**{name: getattr(options, name) for name in names})

@@ -13,7 +13,10 @@ from gmn_optim.comparison.tuning import Score, best_setting, is_at_edge
 from gmn_optim.metatrain.evaluation import Curves
 
 STRONG_ARMS = ("adamw-cosine", "muon", "soap", "kfac")
-"""Whose best is the rival of every arm in the overall table."""
+"""Whose best is the rival of every arm in the overall table, unless others are named."""
+
+MANY_PARAMETERS = 100_000
+"""Tasks with more have a time of their own in the overall table: those of tiny networks are of no account."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +68,14 @@ class TaskFigures:
         adam_steps: The step at which it is reached; 1 if the start was never improved upon.
         steps: Length of a training.
         arms: Figures by name, tuned Adam first.
+        parameters: How many numbers the network learns; 0 where nothing was timed.
     """
 
     target: float
     adam_steps: int
     steps: int
     arms: dict[str, ArmFigures]
+    parameters: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,8 @@ class OverallFigures:
         reached: On how many of them it reached the target.
         factor: Geometric mean of its factors; where a target is not reached, the factor that it has at most.
         time_factor: The same for time.
-        against_strong: Geometric mean of its factor over that of the best other arm of :data:`STRONG_ARMS`.
+        many_time_factor: The same for time on tasks of more than 100,000 parameters; not a number without one.
+        against_strong: Geometric mean of its factor over that of the best other rival.
         worst_final: Largest ratio of its final loss to tuned Adam's.
     """
 
@@ -90,6 +96,7 @@ class OverallFigures:
     reached: int
     factor: float
     time_factor: float
+    many_time_factor: float
     against_strong: float
     worst_final: float
 
@@ -119,11 +126,16 @@ def task_figures(record: Record, task: str, arms: Iterable[str] | None = None) -
     every = _chosen_trainings(record, task, "adam")[0].every
     target, adam_steps = min(adam), max(1, adam.index(min(adam)) * every)
     figures = {name: _arm_figures(record, task, name, target, adam_steps) for name in chosen}
-    return TaskFigures(target, adam_steps, (len(adam) - 1) * every, figures)
+    parameters = max((each.parameters for each in record.timings.values() if each.task == task), default=0)
+    return TaskFigures(target, adam_steps, (len(adam) - 1) * every, figures, parameters)
 
 
-def overall_figures(tasks: Sequence[TaskFigures]) -> dict[str, OverallFigures]:
+def overall_figures(tasks: Sequence[TaskFigures], rivals: Sequence[str] = STRONG_ARMS) -> dict[str, OverallFigures]:
     """Return by name every arm's figures over the tasks that it ran on.
+
+    Args:
+        tasks: Figures of the tasks.
+        rivals: Names of the arms whose best every arm is compared with.
 
     Example:
         >>> from gmn_optim.comparison.training import Measurements
@@ -134,7 +146,7 @@ def overall_figures(tasks: Sequence[TaskFigures]) -> dict[str, OverallFigures]:
         1.0
     """
     names = dict.fromkeys(name for task in tasks for name in task.arms)
-    return {name: _overall(name, [task for task in tasks if name in task.arms]) for name in names}
+    return {name: _overall(name, [task for task in tasks if name in task.arms], rivals) for name in names}
 
 
 def validation_scores(trainings: Iterable[Training], target: float | None = None) -> dict[Setting, Score]:
@@ -269,20 +281,22 @@ def _curves(trainings: Sequence[Training]) -> Curves:
     return Curves(torch.arange(len(held_out)) * trainings[0].every, held_out, training)
 
 
-def _overall(name: str, tasks: Sequence[TaskFigures]) -> OverallFigures:
+def _overall(name: str, tasks: Sequence[TaskFigures], rivals: Sequence[str]) -> OverallFigures:
     """Return one arm's figures over tasks."""
     own = [task.arms[name] for task in tasks]
     factors = [factor_at_most(task, name) for task in tasks]
     times = [factor / arm.step_time for factor, arm in zip(factors, own, strict=True)]
-    rivals = [
-        [factor_at_most(task, each) for each in STRONG_ARMS if each in task.arms and each != name] for task in tasks
+    of_rivals = [
+        [factor_at_most(task, each) for each in rivals if each in task.arms and each != name] for task in tasks
     ]
-    against = [factor / max(rival) for factor, rival in zip(factors, rivals, strict=True) if rival]
+    against = [factor / max(of_task) for factor, of_task in zip(factors, of_rivals, strict=True) if of_task]
+    of_many = [time for time, task in zip(times, tasks, strict=True) if task.parameters > MANY_PARAMETERS]
     return OverallFigures(
         tasks=len(tasks),
         reached=sum(arm.factor > 0 for arm in own),
         factor=geometric_mean(factors),
         time_factor=geometric_mean(times),
+        many_time_factor=geometric_mean(of_many),
         against_strong=geometric_mean(against),
         worst_final=max(arm.final_loss / task.arms["adam"].final_loss for arm, task in zip(own, tasks, strict=True)),
     )

@@ -1,7 +1,7 @@
 """The protocol: tune every arm on validation data, train it on other seeds, and measure on test data."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from gmn_optim.comparison.arms import Arm, Setting, find_arms
 from gmn_optim.comparison.figures import (
+    STRONG_ARMS,
     OverallFigures,
     TaskFigures,
     overall_figures,
@@ -22,10 +23,10 @@ from gmn_optim.comparison.figures import (
 from gmn_optim.comparison.pictures import can_draw, draw_curves
 from gmn_optim.comparison.record import Protocol, Record, Training
 from gmn_optim.comparison.tables import notes, overall_json, overall_table, task_table, to_json
-from gmn_optim.comparison.timing import time_against_adam
+from gmn_optim.comparison.timing import MOST_STEPS, time_against_adam
 from gmn_optim.comparison.training import train
 from gmn_optim.comparison.tuning import Score, tune
-from gmn_optim.errors import InvalidArgumentError
+from gmn_optim.errors import InvalidArgumentError, UnknownNameError
 from gmn_optim.tasks.base import AbstractTask, Split, tasks
 
 TUNING_SEED, TEST_SEED, TIMING_SEED = 710_000, 720_000, 730_000
@@ -42,6 +43,7 @@ class Comparison:
         protocol: How it was made.
         tasks: Figures by name of the task.
         skipped: By name, the requirement for pip that an arm lacks.
+        rivals: Names of the arms whose best every arm is compared with.
 
     Example:
         >>> short = Protocol(seeds=1, tuning_seeds=1, steps=20, every=10, rounds=0)
@@ -54,11 +56,12 @@ class Comparison:
     protocol: Protocol
     tasks: dict[str, TaskFigures]
     skipped: dict[str, str] = field(default_factory=dict)
+    rivals: tuple[str, ...] = STRONG_ARMS
 
     @property
     def overall(self) -> dict[str, OverallFigures]:
         """Return by name every arm's figures over all tasks."""
-        return overall_figures(list(self.tasks.values()))
+        return overall_figures(list(self.tasks.values()), self.rivals)
 
     def __str__(self) -> str:
         """Return a table for each task, and one over all of them, with what must be known of them."""
@@ -128,11 +131,17 @@ def compare(
     return found
 
 
-def report(folder: str | Path) -> Comparison:
-    """Return the figures of a folder, complete or not, and write its tables and pictures anew.
+def report(folder: str | Path, tasks: Sequence[str] | None = None, rivals: Sequence[str] | None = None) -> Comparison:
+    """Return the figures of a folder, complete or not; write its tables and pictures anew unless asked for a part.
+
+    Args:
+        folder: A comparison's.
+        tasks: Names of tasks; None for all.
+        rivals: Names of the arms whose best every arm is compared with; None for the strong ones.
 
     Raises:
         CheckpointError: the folder holds no comparison.
+        UnknownNameError: it has no such task or arm.
 
     Example:
         >>> import tempfile
@@ -144,11 +153,21 @@ def report(folder: str | Path) -> Comparison:
     """
     record = Record(Path(folder))
     protocol = record.protocol()
-    names = dict.fromkeys(each.task for each in record.trainings.values())
-    figures = {name: task_figures(record, name) for name in names}
-    found = Comparison(protocol, {name: each for name, each in figures.items() if each})
-    found.save(Path(folder))
+    known = dict.fromkeys(each.task for each in record.trainings.values())
+    _require_known("task", tasks or (), known)
+    _require_known("arm", rivals or (), dict.fromkeys(each.arm for each in record.trainings.values()))
+    figures = {name: task_figures(record, name) for name in tasks or known}
+    found = Comparison(protocol, {n: each for n, each in figures.items() if each}, rivals=tuple(rivals or STRONG_ARMS))
+    if not tasks and not rivals:
+        found.save(Path(folder))
     return found
+
+
+def _require_known(kind: str, names: Sequence[str], known: Collection[str]) -> None:
+    """Raise if a comparison has no trainings of some names."""
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise UnknownNameError(f"the comparison has no {kind} {', '.join(missing)}; it has {', '.join(known)}")
 
 
 class _Run:
@@ -213,7 +232,10 @@ class _Run:
         rounds, arm = self.protocol.rounds, other[0].name
         if rounds and arm != "adam" and (name, arm) not in self.record.timings:
             self.bar.set_postfix_str(f"{name}, {arm}: timing", refresh=True)
-            self.record.add(time_against_adam(task, name, adam, other, rounds=rounds, seed=TIMING_SEED))
+            needed = task_figures(self.record, name, [arm]).arms[arm].steps_to_target
+            steps = int(min(max(needed, 1), MOST_STEPS, self.protocol.steps or task.horizon))
+            pair = (adam, other)
+            self.record.add(time_against_adam(task, name, *pair, rounds=rounds, seed=TIMING_SEED, steps=steps))
 
 
 def _tasks_by_name(task: Tasks) -> dict[str, AbstractTask]:

@@ -86,19 +86,23 @@ class Training:
 
 @dataclass(frozen=True)
 class Timing:
-    """Time of a training step as a multiple of Adam's, round by round.
+    """Time of an arm's first steps as a multiple of Adam's, round by round.
 
     Attributes:
         task: Name of the task.
         arm: Name of the arm.
         ratios: One for each round.
         seconds: Median time of one of the arm's steps.
+        steps: Of a round: those to the target, or the most that are timed.
+        parameters: How many numbers the task's network learns.
     """
 
     task: str
     arm: str
     ratios: list[float]
     seconds: float
+    steps: int
+    parameters: int
 
 
 class Record:
@@ -109,7 +113,7 @@ class Record:
 
     Example:
         >>> record = Record(None)
-        >>> record.add(Timing("quadratic", "soap", [2.0, 2.5, 2.1], 0.001))
+        >>> record.add(Timing("quadratic", "soap", [2.0, 2.5, 2.1], 0.001, steps=100, parameters=10))
         >>> record.timings[("quadratic", "soap")].ratios
         [2.0, 2.5, 2.1]
     """

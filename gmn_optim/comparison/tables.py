@@ -35,7 +35,8 @@ def overall_table(overall: Mapping[str, OverallFigures]) -> str:
         >>> overall_table(figures.overall).splitlines()[2].split(" | ")[:4]
         ['adam        ', '1    ', '1      ', '1.00x      ']
     """
-    header = ("arm", "tasks", "reached", "fewer steps", "less time", "against best strong arm", "worst final loss")
+    times = "less time", "over 100,000 parameters"
+    header = ("arm", "tasks", "reached", "fewer steps", *times, "against best rival", "worst final loss")
     rows = [
         (
             name,
@@ -43,6 +44,7 @@ def overall_table(overall: Mapping[str, OverallFigures]) -> str:
             str(each.reached),
             _bounded(each.factor, each),
             _bounded(each.time_factor, each),
+            _bounded(each.many_time_factor, each),
             _bounded(each.against_strong, each),
             _times(each.worst_final) if math.isfinite(each.worst_final) else "failed",
         )

@@ -52,13 +52,15 @@ def time_against_adam(
         >>> found.arm, found.steps, len(found.ratios)
         ('sgd-momentum', 3, 2)
     """
+    parameters = sum(parameter.numel() for parameter in task.module.parameters())
     try:
         _seconds_of_round(task, (adam, other), seed, min(WARM_UP, steps))
         pairs = [_seconds_of_round(task, (adam, other), seed + number, steps) for number in range(rounds)]
     except torch.linalg.LinAlgError:  # a training that diverges has no time to a target either
-        return Timing(name, other[0].name, [], 0.0, steps)
+        return Timing(name, other[0].name, [], 0.0, steps, parameters)
     ratios = [theirs / adams for adams, theirs in pairs]
-    return Timing(name, other[0].name, ratios, statistics.median(theirs for _, theirs in pairs) / steps, steps)
+    seconds = statistics.median(theirs for _, theirs in pairs) / steps
+    return Timing(name, other[0].name, ratios, seconds, steps, parameters)
 
 
 def _seconds_of_round(task: AbstractTask, both: tuple[tuple[Arm, Setting], ...], seed: int, steps: int) -> list[float]:

@@ -7,24 +7,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gmn_optim.gradients import DecomposedGradient
 from gmn_optim.rule.basis import (
     Basis,
     eigenbases,
-    follow,
     init_basis,
     into,
-    moments_of_factors,
-    moments_of_gradient,
     preconditioned,
-    renew,
     with_preconditioners,
 )
 from gmn_optim.rule.bounded_steps import bounded
 from gmn_optim.rule.coordinates import Coordinates, TurnedRows, rows_of, turn_rows
 from gmn_optim.rule.features import root
+from gmn_optim.rule.followed_bases import FollowedBases
 from gmn_optim.rule.layout import Layout
-from gmn_optim.rule.look_schedule import FOLLOW_EVERY, NO_LOOK, Look, LookSchedule, choose
+from gmn_optim.rule.look_schedule import FOLLOW_EVERY, NO_LOOK, Look, choose
 from gmn_optim.rule.matrices import Matrix
 from gmn_optim.rule.matrix_pieces import ChunkCorrections, Corrections, MatrixPieces
 from gmn_optim.rule.nominal import (
@@ -42,13 +38,9 @@ MISSED_DECAY = 0.95
 """Squared gradients of layers whose factors miss the gradient are remembered for twenty steps. Such losses
 hold derivatives of the model (PINNs) and fall by orders of magnitude, which a longer memory follows too late."""
 
-TIE_BREAK = 1e-3
-"""Share of this step's Gram matrices in a basis that is made from them. With none of it, the basis and with it the step
-would hang on rounding errors where those of earlier steps lack rank."""
-
 
 @nominal_terms.register("kronecker_adam")
-class KroneckerAdamTerm(LookSchedule, AdamTerm):
+class KroneckerAdamTerm(FollowedBases, AdamTerm):
     """Adam in the basis in which the gradient of a matrix is least correlated; plain Adam on vectors.
 
     The basis of a layer's outputs are the eigenvectors of E[g g^T], that of its inputs those of E[a a^T] with a 1 for
@@ -193,7 +185,7 @@ class KroneckerAdamTerm(LookSchedule, AdamTerm):
     ) -> Coordinates:
         """Return a matrix with the step of its preconditioners, which are made anew at a look."""
         gradient = pieces.gradients.of(matrix)
-        basis = self._turn_basis(matrix, old, look, gradient, pieces, around)
+        basis = self.turn_basis(matrix, old, look, gradient, pieces, around)
         if around.follow:
             basis = self._follow_squares(matrix, basis, look, gradient, pieces, of_chunks)
         step = preconditioned(basis, gradient)
@@ -255,7 +247,7 @@ class KroneckerAdamTerm(LookSchedule, AdamTerm):
         """Return a matrix in its new bases, and put the new second moments in their places."""
         gradient = pieces.gradients.of(matrix)
         basis, corrections = (
-            self._turn_basis(matrix, old, look, gradient, pieces, around),
+            self.turn_basis(matrix, old, look, gradient, pieces, around),
             of_chunks[matrix.place.chunk],
         )
         turned = into(basis, gradient)
@@ -299,50 +291,6 @@ class KroneckerAdamTerm(LookSchedule, AdamTerm):
         noise = torch.lerp(pieces.of_body[0].of(matrix), rows.noise(), weight)
         pieces.of_body[0].put(matrix, noise)
         return noise.clamp_min(LEAST_SQUARE), rows
-
-    def _turn_basis(
-        self, matrix: Matrix, old: Basis, look: Look, gradient: Tensor, pieces: MatrixPieces, around: Surroundings
-    ) -> Basis:
-        """Return the basis of this step, and turn the second moments of earlier ones into it."""
-        if not around.looks:
-            return old._replace(age=old.age + 1)
-        factors = around.factors.get(matrix.weight.layer)
-        if not around.refresh:
-            return self._next_basis(matrix, old, look, gradient, None, factors)[0]
-        turning = [pieces.seconds, *pieces.of_body[:1]]
-        seconds = torch.stack([each.of(matrix) for each in turning])
-        basis, seconds = self._next_basis(matrix, old, look, gradient, seconds, factors, around.turns)
-        for each, values in zip(turning, seconds, strict=True):
-            each.put(matrix, values)
-        return basis
-
-    def _next_basis(
-        self,
-        matrix: Matrix,
-        basis: Basis,
-        look: Look,
-        gradient: Tensor,
-        seconds: Tensor | None,
-        factors: DecomposedGradient | None,
-        turns: Tensor | None = None,
-    ) -> tuple[Basis, Tensor | None]:
-        """Return the basis of this step, and second moments of earlier ones (., groups, o, i) in it.
-
-        Without them the basis is not made anew.
-        """
-        moments = None if factors is None else moments_of_factors(matrix, factors)
-        explained, moments = moments is not None, moments or moments_of_gradient(matrix, gradient)
-        old = basis._replace(age=basis.age + 1)
-        # side by side, only trainings at whose own step that is due may look
-        followed = follow(old, moments, choose(look.follows, self.factor_decay(), 1.0))
-        if seconds is None:
-            return followed, None
-        due = look.is_due if turns is None else turns & look.is_due
-        if explained:
-            renewed, seconds = renew(followed, seconds, due, self.method)
-        else:
-            renewed, seconds = renew(follow(old, moments, 1 - TIE_BREAK), seconds, (old.age > 1) & due, self.method)
-        return followed._replace(rows=renewed.rows, columns=renewed.columns), seconds
 
 
 def _product(*factors: Tensor | None) -> Tensor | None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gmn_optim.capture import GradientCapture
+from gmn_optim.capture import GradientCapture, hooks
 from gmn_optim.errors import CaptureError
 from tests.cases import count_hooks
 
@@ -224,3 +224,15 @@ def test_saving_a_captured_output_does_not_warn() -> None:
         output = model(torch.randn(5, 3))
         torch.save(output.detach(), io.BytesIO())
         pickle.dumps(output)
+
+
+def test_layers_are_grouped_once_while_a_capture_is_steady(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls, group = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), [], hooks.group_layers
+    monkeypatch.setattr(hooks, "group_layers", lambda layers: calls.append(1) or group(layers))
+    with GradientCapture(model) as capture:
+        model(torch.ones(4, 2)).sum().backward()
+        with capture.steady():
+            assert list(capture.verify()) == list(capture.gradients()) == list(capture.layers) == ["0", "1"]
+        assert len(calls) == 1
+        model[1].weight = model[0].weight
+        assert len(capture.served_parameters()) == 1 and len(calls) == 2

@@ -30,7 +30,7 @@ def fixture_record():
     add(record, "one", "soap", 0.1, "test", [4, 1.0, 1, 1, 1], [4, 2, 1, 1, 1])
     add(record, "one", "muon", 0.1, "test", [4, 3, 1.5, 1.5, 1.5], [4, 3, 1.5, 1, 1])
     add(record, "one", "slow", 0.1, "test", [4, 4, 4, 4, 3.5], [4, 4, 4, 4, 3.5])
-    record.add(Timing("one", "soap", [4.0, 2.0, 3.0], 0.1))
+    record.add(Timing("one", "soap", [4.0, 2.0, 3.0], 0.1, 30, 200_000))
     add(record, "two", "adam", 0.1, "test", [2, 1, 0.5, 0.5, 0.5])
     add(record, "two", "soap", 0.1, "test", [2, 0.5, 0.5, 0.5, 0.5])
     add(record, "two", "slow", 0.1, "test", [2, NEVER, NEVER, NEVER, NEVER], stopped="the training loss is not finite")
@@ -110,3 +110,16 @@ def test_adam_that_never_improves_has_a_target_at_one_step():
     found = task_figures(record, "bad")
     assert found.adam_steps == 1 and found.arms["soap"].factor == 1.0
     assert overall_figures([found])["soap"].factor == 1.0
+
+
+def test_time_on_tasks_of_many_parameters_stands_apart(record):
+    record.add(Timing("two", "soap", [0.5], 0.1, 10, 99))
+    found = overall_figures([task_figures(record, name) for name in ("one", "two")])["soap"]
+    assert found.time_factor == pytest.approx(math.sqrt(1.0 * 4.0)) and found.many_time_factor == 1.0
+    assert math.isnan(overall_figures([task_figures(record, "two")])["soap"].many_time_factor)
+
+
+def test_other_rivals_may_be_named(record):
+    found = overall_figures([task_figures(record, "one")], rivals=["slow", "muon"])
+    assert found["soap"].against_strong == pytest.approx(3.0 / 1.5)
+    assert overall_figures([task_figures(record, "one")], rivals=["soap"])["muon"].against_strong == pytest.approx(0.5)

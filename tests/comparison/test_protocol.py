@@ -139,6 +139,12 @@ def test_the_command_compares_and_reports(tmp_path, capsys):
     status, out, _ = run(["compare", "quadratic", *options, folder], capsys)
     assert status == 0 and "sgd-momentum" in out and "fewer steps" in out
     assert run(["compare", "--report", folder], capsys)[:2] == (0, out)
+    written = (tmp_path / "found" / "report.md").read_bytes()
+    assert run(["compare", "quadratic", "--report", folder, "--rivals", "sgd-momentum"], capsys)[0] == 0
+    assert (tmp_path / "found" / "report.md").read_bytes() == written
+    for part, message in ((["other"], "no task other"), (["--rivals", "lion"], "no arm lion")):
+        status, _, err = run(["compare", "--report", folder, *part], capsys)
+        assert status == 2 and message in err
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,33 @@
+"""Bounds of the steps that preconditioners make."""
+
+import pytest
+import torch
+
+from gmn_optim.rule.basis import init_basis
+from gmn_optim.rule.bounded_steps import LARGEST_SIZE, bounded
+from gmn_optim.rule.coordinates import Coordinates
+from gmn_optim.rule.layout import Layout, Segment, build_chunks
+
+(MATRIX,) = Layout(tuple(build_chunks([Segment("0.weight", (4, 3), "0", "weight")], True))).matrices
+
+
+def see(step: torch.Tensor, is_turned: bool = False) -> Coordinates:
+    """Return a matrix with a step."""
+    unknown = None, None, None, None, None
+    return Coordinates(MATRIX, init_basis(MATRIX, step), step, step, *unknown, step, step, is_turned=is_turned)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1.6, 1e3, 1e30])
+def test_a_step_is_as_large_as_it_is_or_as_allowed(size: float) -> None:
+    step = size * torch.sign(torch.randn(1, 4, 3, generator=torch.Generator().manual_seed(0)))
+    small, (each,) = 0.5 * torch.ones(1, 4, 3), bounded([see(step)])
+    wanted = min(size, LARGEST_SIZE)
+    assert each.step_size.item() == pytest.approx(wanted)
+    torch.testing.assert_close(each.step * each.bound, step / size * wanted)
+    assert bounded([see(step), see(small)])[1].bound == 1
+
+
+def test_steps_that_no_preconditioner_made_are_not_bounded() -> None:
+    step = torch.full((1, 4, 3), 9.0)
+    one, other = bounded([see(step, is_turned=True), see(step)])
+    assert one.bound is None and one.step_size is None and other.bound < 1
