@@ -199,6 +199,8 @@ class GMNOptimizer(torch.optim.Optimizer):
     def stats(self) -> StepReport:
         """Return what happened so far: steps, guarded and skipped ones, and the newest step of every parameter.
 
+        Steps between two looks at the factors are measured from the first call on.
+
         Example:
             >>> model = nn.Linear(2, 1)
             >>> optimizer = GMNOptimizer(model, weights=None, nominal="adam", lr=0.01)

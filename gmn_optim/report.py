@@ -172,7 +172,8 @@ class StepLog:
         skipped: By name, steps at which a parameter's gradient was not finite.
         guarded: By name, steps whose learned part was replaced by the nominal term (); views of what
             :meth:`guard_counts` returned.
-        measured: The newest step of every chunk.
+        measured: The newest step of every chunk; before anybody asked, of the newest look at the factors.
+        is_read: Whether anybody asked.
 
     Example:
         >>> StepLog(steps=3).describe(served_share=1.0)
@@ -183,6 +184,7 @@ class StepLog:
     skipped: Counter[str] = field(default_factory=Counter)
     guarded: dict[str, Tensor] = field(default_factory=dict)
     measured: list[MeasuredChunk] = field(default_factory=list)
+    is_read: bool = False
 
     def guard_counts(self, chunk: Chunk, device: torch.device) -> Tensor:
         """Return a chunk's counts of guarded steps so far (segments), to be added to without waiting for the device."""
@@ -194,6 +196,7 @@ class StepLog:
 
     def describe(self, served_share: float) -> StepReport:
         """Return the report, given the share of elements that the learned term serves."""
+        self.is_read = True
         guarded = {name: int(count) for name, count in self.guarded.items()}
         newest = self._newest()
         parameters = {

@@ -281,10 +281,11 @@ def _take(
     when = {"refresh": plan.clock.is_due, "follow": plan.clock.follows, "sees": sees, "age": plan.clock.age}
     updates, state = plan.rule(*inputs, **when, constants=plan.constants)
     _apply_updates(plan, updates, by_name)
-    log.measured = [
-        measure_chunk(chunk, update, gradient, [by_name[segment.name].group["lr"] for segment in chunk.segments])
-        for chunk, update, gradient in zip(chunks, updates, gradients, strict=True)
-    ]
+    if log.is_read or plan.clock.follows:
+        log.measured = [
+            measure_chunk(chunk, update, gradient, [by_name[segment.name].group["lr"] for segment in chunk.segments])
+            for chunk, update, gradient in zip(chunks, updates, gradients, strict=True)
+        ]
     overwrite_state(plan.state, state)
     plan.clock.advance()
     log.steps += 1

@@ -12,7 +12,7 @@ from gmn_optim.tasks.base import AbstractTask
 BLOCK = 10
 """Steps that one of both takes before it is the other's turn."""
 
-MOST_STEPS = 300
+MOST_STEPS = 200
 """Steps of a round at most: by then every optimizer repeats what it does."""
 
 WARM_UP = 2
