@@ -89,7 +89,8 @@ def _exchange_basis(basis: Basis, entries: MutableMapping[str, Any]) -> None:
     """Fill one matrix's basis from the entries of its weight, all of it or nothing, and put its tensors there."""
     views = {f"basis_{field}": value for field, value in basis._asdict().items()}
     if any(getattr(entries.get(key), "shape", None) != view.shape for key, view in views.items()):
-        entries.update(dict.fromkeys(views))  # with another bias or limit the sides are others
+        # with another bias or limit the sides are others; the weight's size before the first step is what it was
+        entries.update(dict.fromkeys(key for key in views if key != "basis_size"))
     _exchange(entries, views)
 
 

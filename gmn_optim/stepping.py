@@ -108,7 +108,11 @@ class Stepper:
         sees, factors = not _let_go_by(capture), {}
         if capture is not None and plan.clock.follows and sees:
             factors = self._explained_factors(capture, active, plan.state.step, verdicts)
-        _take(plan, active, factors, _neurons(factors, plan, active, verdicts), sees, log)
+        try:
+            _take(plan, active, factors, _neurons(factors, plan, active, verdicts), sees, log)
+        except BaseException:  # what the rule found to stay would outlive a step that never was
+            self.forget()
+            raise
 
     def _explained_factors(
         self,
@@ -157,7 +161,7 @@ class Stepper:
         packed = pack_state(rule, layout, {each.name: state[each.parameter] for each in active}, like)
         clock = RefreshClock(rule.nominal, packed)
         guarded = [log.guard_counts(chunk, like.device) if chunk.learned else None for chunk in layout.chunks]
-        entries, constants = _entries(state, active), TrainingConstants()
+        entries, constants, log.measured = _entries(state, active), TrainingConstants(), []
         return _Plan(key, wiring, layout, packed, rule, rule.alpha(), entries, guarded, clock, constants)
 
     def _rule_like(self, like: Tensor) -> UpdateRule:
@@ -281,7 +285,7 @@ def _take(
     when = {"refresh": plan.clock.is_due, "follow": plan.clock.follows, "sees": sees, "age": plan.clock.age}
     updates, state = plan.rule(*inputs, **when, constants=plan.constants)
     _apply_updates(plan, updates, by_name)
-    if log.is_read or plan.clock.follows:
+    if log.is_read or plan.clock.follows or not log.measured:
         log.measured = [
             measure_chunk(chunk, update, gradient, [by_name[segment.name].group["lr"] for segment in chunk.segments])
             for chunk, update, gradient in zip(chunks, updates, gradients, strict=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gmn_optim import GMNOptimizer, GradientCapture
+from gmn_optim import GMNOptimizer, GradientCapture, stepping
 from gmn_optim.errors import InvalidArgumentError
 from gmn_optim.rule import RuleConfig, UpdateRule
 from gmn_optim.rule.coordinates import TurnedRows
@@ -214,3 +214,62 @@ def test_steps_between_two_looks_are_measured_once_somebody_asked() -> None:
             newest = optimizer.stats().parameters["weight"].update_rms
             assert newest == pytest.approx(moves[9] if number == 12 else moves[-1], rel=1e-3)
     assert len(set(moves)) == len(moves)
+
+
+def train_small(optimizer: GMNOptimizer, model: nn.Module, steps: int) -> None:
+    """Take some steps on one batch."""
+    inputs = torch.linspace(-1, 1, 40).view(8, 5)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(inputs).square().mean().backward()
+        optimizer.step()
+
+
+def test_the_first_step_of_a_loaded_or_partly_frozen_model_is_measured() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2))
+    optimizer = GMNOptimizer(model)
+    train_small(optimizer, model, 57)
+    again = GMNOptimizer(model)
+    again.load_state_dict(optimizer.state_dict())
+    train_small(again, model, 1)
+    assert set(again.stats().parameters) == {name for name, _ in model.named_parameters()}
+    model[0].requires_grad_(False)
+    train_small(optimizer, model, 1)
+    assert set(optimizer.stats().parameters) == {"2.weight", "2.bias"}
+
+
+def test_what_a_failed_first_step_found_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    torch.manual_seed(0)
+    model = nn.Linear(5, 4)
+    twin, first = copy.deepcopy(model), copy.deepcopy(model.state_dict())
+    optimizer = GMNOptimizer(model)
+    with torch.no_grad():
+        model.weight *= 0.1
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stepping, "_apply_updates", fail)
+        train_small(optimizer, model, 1)
+    model.load_state_dict(first)
+    train_small(optimizer, model, 3)
+    train_small(GMNOptimizer(twin), twin, 3)
+    assert torch.equal(model.weight, twin.weight)
+
+
+def test_a_state_with_other_bases_keeps_the_size_of_the_weights_at_first() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(5, 4)
+    optimizer = GMNOptimizer(model)
+    train_small(optimizer, model, 12)
+    saved = optimizer.state_dict()
+    size = saved["state"][0]["basis_size"].clone()
+    saved["state"][0]["basis_columns"] = torch.zeros(1, 6, 3)
+    again = GMNOptimizer(model)
+    again.load_state_dict(saved)
+    with torch.no_grad():
+        model.weight *= 3
+    train_small(again, model, 2)
+    entries = again.state_dict()["state"][0]
+    assert torch.equal(entries["basis_size"], size) and entries["basis_age"] == 2

@@ -41,12 +41,14 @@ def run_compare(options: argparse.Namespace) -> None:
     """Compare, or report on a folder, and write the tables to the standard output.
 
     Raises:
-        InvalidArgumentError: neither a task nor a folder to report on was given.
+        InvalidArgumentError: neither a task nor a folder to report on was given, or rivals without such a folder.
     """
     from gmn_optim.comparison import Protocol, arms, compare, report
 
     if options.report is not None:
         found = report(options.report, options.task, options.rivals)
+    elif options.rivals:
+        raise InvalidArgumentError("--rivals says what a report compares with; give '--report DIR' too")
     elif options.task:
         names = ("seeds", "tuning_seeds", "steps", "every", "examples", "rounds", "threads")
         protocol = Protocol(**{name: getattr(options, name) for name in names})

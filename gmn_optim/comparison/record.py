@@ -123,7 +123,8 @@ class Record:
         self.trainings: dict[tuple[object, ...], Training] = {}
         self.timings: dict[tuple[str, str], Timing] = {}
         for line in _read_lines(folder):
-            self._keep(_from_json(line))
+            if line["kind"] != "timing" or "steps" in line:  # before, timings left out the first steps
+                self._keep(_from_json(line))
 
     def start(self, protocol: Protocol) -> None:
         """Begin in a new folder, or go on in one of the same protocol.

@@ -123,7 +123,10 @@ class KroneckerScheduleFreeTerm(KroneckerAdamTerm):
             return bases, around
         if around.refresh:  # at the first step every basis is due
             pairs = zip(matrices, bases, strict=True)
-            bases = tuple(b._replace(size=torch.where(b.age == 0, _weight_size(m, around), b.size)) for m, b in pairs)
+            bases = tuple(
+                b._replace(size=torch.where((b.age == 0) & (b.size == 0), _weight_size(m, around), b.size))
+                for m, b in pairs
+            )
         sizes = [basis.size for basis in bases]
         return bases, around._replace(turns=around.once("turns", lambda: ~are_small(first_sizes(matrices, sizes))))
 

@@ -209,6 +209,7 @@ def _evenly_ranked(rows: Tensor) -> Tensor:
     if count <= SKETCH_ROWS:
         return rows
     ranks = torch.arange(SKETCH_ROWS, device=rows.device) * (count - 1) // (SKETCH_ROWS - 1)
-    # in float64 no square over- or underflows
-    chosen = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64).argsort(-1)[..., ranks]
+    # in float64, which one kind of device lacks, no square over- or underflows
+    wide = torch.float32 if rows.device.type == "mps" else torch.float64
+    chosen = torch.linalg.vector_norm(rows, dim=-1, dtype=wide).argsort(-1)[..., ranks]
     return rows.gather(-2, chosen.unsqueeze(-1).expand(*chosen.shape, rows.shape[-1]))

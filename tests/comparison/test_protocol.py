@@ -151,6 +151,7 @@ def test_the_command_compares_and_reports(tmp_path, capsys):
     ("arguments", "message"),
     [
         ([], "no task was given"),
+        (["quadratic", "--rivals", "soap", "--out", "{f}"], "give '--report DIR' too"),
         (["quadratics", "--out", "{f}"], "Did you mean 'quadratic'"),
         (["quadratic", "--arms", "muno", "--out", "{f}"], "Did you mean 'muon'"),
         (["quadratic", "--seeds", "0", "--out", "{f}"], "seeds=0 is too low"),
@@ -160,3 +161,14 @@ def test_the_command_compares_and_reports(tmp_path, capsys):
 def test_the_command_refuses_in_one_clear_line(arguments, message, tmp_path, capsys):
     status, out, err = run(["compare", *(each.format(f=tmp_path / "x") for each in arguments)], capsys)
     assert status == 2 and out == "" and message in err and err.count("\n") == 1
+
+
+def test_timings_that_left_out_the_first_steps_are_made_anew(tmp_path):
+    small_comparison(tmp_path)
+    path = tmp_path / LINES
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    older = [{k: v for k, v in each.items() if k not in ("steps", "parameters")} for each in lines]
+    path.write_text("".join(json.dumps(each) + "\n" for each in older))
+    assert not Record(tmp_path).timings and len(Record(tmp_path).trainings) == len(
+        [each for each in lines if each["kind"] == "training"]
+    )
