@@ -44,10 +44,14 @@ def warn_of_misses(
         )
 
 
+_LARGE_SUM = 1e15
+"""A gradient with a larger sum is looked at element by element."""
+
+
 def find_active(
     names: Mapping[int, str], groups: Groups, places: Mapping[int, Place], log: StepLog
 ) -> list[ActiveParameter]:
-    """Return the parameters with a usable gradient; count those whose gradient is not finite, and warn of them once.
+    """Return the parameters with a usable gradient; count the others, and warn of each once.
 
     Args:
         names: Parameter identity to name.
@@ -74,11 +78,11 @@ def find_active(
     }
     with_gradient = [*found.values()]  # torch lets a parameter stand twice in a group
     _require_dense(with_gradient)
-    finite = all_finite([each.parameter.grad for each in with_gradient])
-    for each, usable in zip(with_gradient, finite, strict=True):
+    usable_ones = are_usable([each.parameter.grad for each in with_gradient])
+    for each, usable in zip(with_gradient, usable_ones, strict=True):
         if not usable:
             _skip(each.name, log)
-    return [each for each, usable in zip(with_gradient, finite, strict=True) if usable]
+    return [each for each, usable in zip(with_gradient, usable_ones, strict=True) if usable]
 
 
 def _require_dense(found: Iterable[ActiveParameter]) -> None:
@@ -89,25 +93,34 @@ def _require_dense(found: Iterable[ActiveParameter]) -> None:
 
 
 def _skip(name: str, log: StepLog) -> None:
-    """Count a parameter left alone because its gradient is not finite, with a warning at its first time."""
+    """Count a parameter left alone because its gradient is not usable, with a warning at its first time."""
     log.skipped[name] += 1
     if log.skipped[name] == 1:
-        _warn_caller(f"the gradient of {name!r} is not finite; the parameter is left as it is", UserWarning)
+        _warn_caller(
+            f"the gradient of {name!r} is not finite, or its squares are not; the parameter is left as it is",
+            UserWarning,
+        )
 
 
-def all_finite(gradients: Sequence[Tensor]) -> list[bool]:
-    """Return whether each gradient is finite, with one transfer to the host.
+def are_usable(gradients: Sequence[Tensor]) -> list[bool]:
+    """Return whether each gradient is finite, and far enough from overflow for its squares, mostly with one transfer.
 
     Example:
-        >>> all_finite([torch.ones(2), torch.tensor([1.0, float("nan")]), torch.tensor([float("inf")])])
+        >>> are_usable([torch.ones(2), torch.tensor([1.0, float("nan")]), torch.tensor([1e25])])
         [True, False, False]
     """
     if not gradients:
         return []
-    # a sum is the quickest thing to take of a tensor, and only if it is not finite can an element be
+    # a sum is the quickest thing to take of a tensor, and large where an element is, or not a number
     sums = torch.stack([gradient.sum().to(gradients[0].device) for gradient in gradients]).tolist()
     found = zip(gradients, sums, strict=True)
-    return [math.isfinite(total) or bool(gradient.isfinite().all()) for gradient, total in found]
+    return [abs(total) < _LARGE_SUM or _is_usable(gradient) for gradient, total in found]
+
+
+def _is_usable(gradient: Tensor) -> bool:
+    """Return whether a gradient is finite and its squares, in the dtype of the computation, are too."""
+    computed = torch.float64 if gradient.dtype == torch.float64 else torch.float32
+    return bool((gradient.abs() < 0.1 * math.sqrt(torch.finfo(computed).max)).all())
 
 
 def _warn_caller(message: str, category: type[Warning]) -> None:
