@@ -44,10 +44,6 @@ def warn_of_misses(
         )
 
 
-_LARGE_SUM = 1e15
-"""A gradient with a larger sum is looked at element by element."""
-
-
 def find_active(
     names: Mapping[int, str], groups: Groups, places: Mapping[int, Place], log: StepLog
 ) -> list[ActiveParameter]:
@@ -78,11 +74,11 @@ def find_active(
     }
     with_gradient = [*found.values()]  # torch lets a parameter stand twice in a group
     _require_dense(with_gradient)
-    usable_ones = are_usable([each.parameter.grad for each in with_gradient])
-    for each, usable in zip(with_gradient, usable_ones, strict=True):
+    verdicts = are_usable([each.parameter.grad for each in with_gradient])
+    for each, usable in zip(with_gradient, verdicts, strict=True):
         if not usable:
             _skip(each.name, log)
-    return [each for each, usable in zip(with_gradient, usable_ones, strict=True) if usable]
+    return [each for each, usable in zip(with_gradient, verdicts, strict=True) if usable]
 
 
 def _require_dense(found: Iterable[ActiveParameter]) -> None:
@@ -111,16 +107,16 @@ def are_usable(gradients: Sequence[Tensor]) -> list[bool]:
     """
     if not gradients:
         return []
-    # a sum is the quickest thing to take of a tensor, and large where an element is, or not a number
-    sums = torch.stack([gradient.sum().to(gradients[0].device) for gradient in gradients]).tolist()
-    found = zip(gradients, sums, strict=True)
-    return [abs(total) < _LARGE_SUM or _is_usable(gradient) for gradient, total in found]
+    # no element is larger than the norm, which is quick to take; in a sum large elements may cancel
+    norms = [torch.linalg.vector_norm(gradient).to(gradients[0].device) for gradient in gradients]
+    found = zip(gradients, torch.stack(norms).tolist(), strict=True)
+    return [norm < _limit(each) or bool((each.abs() < _limit(each)).all()) for each, norm in found]
 
 
-def _is_usable(gradient: Tensor) -> bool:
-    """Return whether a gradient is finite and its squares, in the dtype of the computation, are too."""
+def _limit(gradient: Tensor) -> float:
+    """Return what elements of a gradient must stay below for squares, in the dtype of the computation, to be finite."""
     computed = torch.float64 if gradient.dtype == torch.float64 else torch.float32
-    return bool((gradient.abs() < 0.1 * math.sqrt(torch.finfo(computed).max)).all())
+    return 0.1 * math.sqrt(torch.finfo(computed).max)
 
 
 def _warn_caller(message: str, category: type[Warning]) -> None:

@@ -161,7 +161,8 @@ class Stepper:
         packed = pack_state(rule, layout, {each.name: state[each.parameter] for each in active}, like)
         clock = RefreshClock(rule.nominal, packed)
         guarded = [log.guard_counts(chunk, like.device) if chunk.learned else None for chunk in layout.chunks]
-        entries, constants, log.measured = _entries(state, active), TrainingConstants(), []
+        log.measured = []  # of other parameters
+        entries, constants = _entries(state, active), TrainingConstants()
         return _Plan(key, wiring, layout, packed, rule, rule.alpha(), entries, guarded, clock, constants)
 
     def _rule_like(self, like: Tensor) -> UpdateRule:
@@ -313,19 +314,18 @@ def _momentum(group: Mapping[str, Any], like: Tensor) -> Tensor | None:
 
 def _apply_updates(plan: _Plan, updates: Sequence[ChunkUpdate], by_name: Mapping[str, ActiveParameter]) -> None:
     """Change all parameters, and count guarded steps without waiting for the device."""
-    together: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+    plain: dict[float, list[tuple[Tensor, Tensor]]] = {}
     for chunk, update, guarded in zip(plan.layout.chunks, updates, plan.guarded, strict=True):
         for name, step in chunk.unflatten(update.step).items():
             parameter, group = by_name[name].parameter, by_name[name].group
             if isinstance(group["lr"], Tensor) or group["weight_decay"] or parameter.dtype != step.dtype:
                 _apply(parameter, step, group, plan.alpha)
             else:
-                for each, of_lr in zip((parameter, step), together.setdefault(group["lr"], ([], [])), strict=True):
-                    of_lr.append(each)
+                plain.setdefault(group["lr"], []).append((parameter, step))
         if guarded is not None:
             guarded.add_(update.guarded)
-    for lr, (parameters, steps) in together.items():
-        torch._foreach_sub_(parameters, steps, alpha=lr)
+    for lr, pairs in plain.items():
+        torch._foreach_sub_(*map(list, zip(*pairs, strict=True)), alpha=lr)
 
 
 def _apply(parameter: Tensor, step: Tensor, group: Mapping[str, Any], alpha: Tensor) -> None:

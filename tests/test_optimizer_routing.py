@@ -9,6 +9,7 @@ from gmn_optim import CaptureWarning, GMNOptimizer, GradientCapture
 from gmn_optim.capture import register_layer
 from gmn_optim.capture.linear import LinearAdapter
 from gmn_optim.errors import InvalidArgumentError, InvalidParameterError
+from gmn_optim.routing import are_usable
 from tests.cases import make_rule
 
 ARM = "moments"
@@ -122,3 +123,9 @@ def test_a_summary_of_many_parameters_takes_one_look_at_each() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(optimizer.summary().rows) == 600
+
+
+def test_large_elements_that_cancel_do_not_hide() -> None:
+    gradients = [torch.tensor([1e25, -1e25]), torch.tensor([1.0, -1.0]), torch.full((1_000,), 1e18)]
+    assert are_usable(gradients) == [False, True, True]
+    assert are_usable([each.double() for each in gradients]) == [True, True, True]

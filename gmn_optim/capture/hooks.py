@@ -76,7 +76,6 @@ class GradientCapture:
         self._layers: dict[int, ServedLayer] = {}
         self._handles: dict[int | str, RemovableHandle] = {}
         self._containers: dict[int, tuple[str, str]] = {}
-        self._is_steady = False
         self._steady: dict[str, LayerGroup] | None = None
         self._recorder = Recorder(rows, seed)
         # Not the capture but its table of handles: a finalizer must not keep its object alive.
@@ -223,19 +222,20 @@ class GradientCapture:
     @contextmanager
     def steady(self) -> Iterator[None]:
         """Look only once which layers share weights inside this context, in which none gets another."""
-        self._is_steady = True
+        self._steady = {}  # nobody has looked yet
         try:
             yield
         finally:
-            self._is_steady, self._steady = False, None
+            self._steady = None
 
     def _groups(self) -> dict[str, LayerGroup]:
         """Group the watched layers by the weights that they have now."""
-        if self._steady is not None:
+        if self._steady:
             return self._steady
         found = group_layers(self._layers.values())
         groups = {name: self._recorder.outside.trim(group) for name, group in found.items()}
-        self._steady = groups if self._is_steady else None
+        if self._steady is not None:
+            self._steady = groups
         return groups
 
     def _hook(self, key: int, layer: ServedLayer) -> None:

@@ -174,7 +174,7 @@ def renew(basis: Basis, second: Tensor, due: bool | Tensor, method: Eigenbasis) 
     Args:
         basis: The bases so far.
         second: Moving averages of squared gradients in them.
-        due: Whether they are made anew, ().
+        due: Whether they are made anew ().
         method: How, of sides of which all eigenvectors are kept.
     """
     turned, sides = second, []

@@ -161,9 +161,8 @@ def _ages(turned: Sequence[Coordinates]) -> Tensor:
 
 def _gaps(turned: Sequence[Coordinates], like: Tensor) -> Tensor:
     """Return how many steps this look stands for (n), 0 at a single row, which shows no noise."""
-    shows = [each.rows.backprops.shape[-2] > 1 for each in turned]
     gaps = [
-        choose(each.look.follows, each.look.gap, 0.0) if show else 0.0 for each, show in zip(turned, shows, strict=True)
+        choose(each.look.follows, each.look.gap, 0.0) if each.rows.backprops.shape[-2] > 1 else 0.0 for each in turned
     ]
     return torch.stack([torch.as_tensor(gap, dtype=like.dtype, device=like.device) for gap in gaps])
 

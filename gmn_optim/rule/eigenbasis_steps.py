@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gmn_optim.constants import constant_tensor
 from gmn_optim.rule.body import AbstractMatrixBody, MatrixChange
+from gmn_optim.rule.bounded_steps import root_mean_squares
 from gmn_optim.rule.coordinates import Coordinates
 from gmn_optim.rule.features import inner_product, root
 from gmn_optim.rule.layout import Chunk, Layout
@@ -148,12 +149,7 @@ class EigenbasisSteps:
 def _changed_sizes(turned: Sequence[Coordinates], gains: Sequence[Tensor]) -> Tensor:
     """Return the root mean square of each step with its gain (n)."""
     if any(gain.dim() for gain in gains):
-        return torch.stack([_size(each.step * (1 + gain)) for each, gain in zip(turned, gains, strict=True)])
+        return root_mean_squares([each.step * (1 + gain) for each, gain in zip(turned, gains, strict=True)])
     # one gain for all coordinates needs no tensor of changed ones
-    sizes = torch.stack([_size(each.step) if each.step_size is None else each.step_size for each in turned])
-    return sizes * (1 + torch.stack([*gains])).abs()
-
-
-def _size(step: Tensor) -> Tensor:
-    """Return the root mean square of a step ()."""
-    return root(inner_product(step, step) / step.numel())
+    known = [root_mean_squares([each.step])[0] if each.step_size is None else each.step_size for each in turned]
+    return torch.stack(known) * (1 + torch.stack([*gains])).abs()

@@ -105,12 +105,11 @@ class KroneckerAdamTerm(FollowedBases, AdamTerm):
         pieces = MatrixPieces.cut(around.layout, chunks, [self.new_average(chunk) for chunk in chunks])
         self._step_vectors(around.layout, pieces, corrections)
         looks = self.looks([basis.age for basis in bases], around.age) if around.follow else [NO_LOOK] * len(matrices)
-        turned = bounded(
-            [
-                self._see(matrix, old, look, faster if matrix.weight.missed else corrections, pieces, around)
-                for matrix, old, look in zip(matrices, bases, looks, strict=True)
-            ]
-        )
+        seen = []
+        for matrix, old, look in zip(matrices, bases, looks, strict=True):
+            see = self._precondition if self._preconditions(matrix) else self._turn
+            seen.append(see(matrix, old, look, faster if matrix.weight.missed else corrections, pieces, around))
+        turned = bounded(seen)
         if pieces.of_body:
             turned = [self._turned(each, pieces, corrections) for each in turned]
         changed = self._changed(turned, pieces, around)
@@ -159,20 +158,9 @@ class KroneckerAdamTerm(FollowedBases, AdamTerm):
                 pieces.of_body[1].put(each.matrix, choose(each.look.follows, new.gain.expand_as(each.gain), each.gain))
         return changed
 
-    def _see(
-        self,
-        matrix: Matrix,
-        old: Basis,
-        look: Look,
-        of_chunks: ChunkCorrections,
-        pieces: MatrixPieces,
-        around: Surroundings,
-    ) -> Coordinates:
-        """Return a matrix and its step, by its preconditioners or in its new bases."""
-        # where factors miss the gradient it is followed at every step
-        preconditions = self.has_preconditioners(matrix) and not matrix.weight.missed
-        see = self._precondition if preconditions else self._turn
-        return see(matrix, old, look, of_chunks, pieces, around)
+    def _preconditions(self, matrix: Matrix) -> bool:
+        """Return whether preconditioners make the step; where factors miss the gradient it is followed at each step."""
+        return self.has_preconditioners(matrix) and not matrix.weight.missed
 
     def _precondition(
         self,
@@ -246,11 +234,8 @@ class KroneckerAdamTerm(FollowedBases, AdamTerm):
     ) -> Coordinates:
         """Return a matrix in its new bases, and put the new second moments in their places."""
         gradient = pieces.gradients.of(matrix)
-        basis, corrections = (
-            self.turn_basis(matrix, old, look, gradient, pieces, around),
-            of_chunks[matrix.place.chunk],
-        )
-        turned = into(basis, gradient)
+        basis = self.turn_basis(matrix, old, look, gradient, pieces, around)
+        turned, corrections = into(basis, gradient), of_chunks[matrix.place.chunk]
         second = torch.lerp(turned.square(), pieces.seconds.of(matrix), corrections.beta2)
         pieces.seconds.put(matrix, second)
         squares = (second / corrections.second).clamp_min(LEAST_SQUARE)

@@ -13,7 +13,7 @@ FIRST_LOOKS = (*range(1, 11), 13, 16, 20, 25, 30, 35, 40, 45, 50)
 between cost neither hooks nor products of long sides."""
 
 FIRST_BASES = (1, 2, 4, 7, 10, 20, 40, 70, 100)
-"""Steps at which bases are made anew, for the same reason; then at every fiftieth. Twice as many trained no faster."""
+"""Steps at which bases are made anew, for the same reason; then at every fiftieth."""
 
 FOLLOW_EVERY = 10
 """Steps between two looks, after the first ones."""

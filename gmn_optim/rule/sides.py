@@ -12,8 +12,7 @@ from torch import Tensor
 from gmn_optim.rule.features import root
 
 FULL_SIDE = 200
-"""A longer side has leading eigenvectors alone. Measured on sides of 784: bases of 8 to 64 of them train as fast as
-full ones, or faster, and a step costs a fraction."""
+"""A longer side has leading eigenvectors alone: the cost of all of them grows with the square of the side and more."""
 
 LEADING, SKETCH = 8, 16
 """Leading eigenvectors of a long side; directions in which its second moment is remembered."""

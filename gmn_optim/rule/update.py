@@ -191,7 +191,8 @@ class UpdateRule(nn.Module):
         ]
         constants = constants or TrainingConstants()
         change = self._learned_steps(layout, parameters, step, constants)
-        around = Surroundings(layout, factors or {}, refresh, parameters, change, follow, None, sees, age, constants)
+        known = {"sees": sees, "age": age, "constants": constants}
+        around = Surroundings(layout, factors or {}, refresh, parameters, change, follow, **known)
         nominal, bases = self.nominal.directions(inputs, state.bases, around)
         if change is not None:
             results = self._scale_chunks(layout, state.chunks, nominal, change)
