@@ -48,6 +48,12 @@ def add_rule_options(group: Any) -> None:
     group.add_argument(
         "--annealing", type=float, default=default.annealing, help="steps in which a controller's bound falls by log 2"
     )
+    group.add_argument(
+        "--concentration",
+        type=float,
+        default=default.concentration,
+        help="how much that bound falls where gradients are made of few data points",
+    )
     group.add_argument("--beta", type=float, default=default.beta, help="initial weight of the learned term")
 
 
@@ -78,4 +84,5 @@ def read_rule_options(options: argparse.Namespace) -> RuleConfig:
         setpoint=options.setpoint,
         largest_pace=options.largest_pace,
         annealing=options.annealing,
+        concentration=options.concentration,
     )

@@ -39,6 +39,7 @@ class _Plan(NamedTuple):
         state: The rule's flat state.
         rule: The rule in the dtype and on the device of the computation.
         alpha: The rule's step size (), which weight decay is measured in.
+        step_size: The same as a number of the host, None where it follows a schedule.
         entries: The values of the optimizer's state, views of the flat one.
         guarded: Per chunk, counts of guarded steps (segments), or None where no learned term serves it.
         clock: Says when the nominal term's bases are made anew.
@@ -51,6 +52,7 @@ class _Plan(NamedTuple):
     state: RuleState
     rule: UpdateRule
     alpha: Tensor
+    step_size: float | None
     entries: list[Tensor]
     guarded: list[Tensor | None]
     clock: RefreshClock
@@ -163,7 +165,9 @@ class Stepper:
         guarded = [log.guard_counts(chunk, like.device) if chunk.learned else None for chunk in layout.chunks]
         log.measured = []  # of other parameters
         entries, constants = _entries(state, active), TrainingConstants()
-        return _Plan(key, wiring, layout, packed, rule, rule.alpha(), entries, guarded, clock, constants)
+        alpha = rule.alpha()
+        step_size = None if rule.config.scheduled else alpha.item()
+        return _Plan(key, wiring, layout, packed, rule, alpha, step_size, entries, guarded, clock, constants)
 
     def _rule_like(self, like: Tensor) -> UpdateRule:
         """Return the rule with the dtype and device of a computation."""
@@ -316,16 +320,24 @@ def _apply_updates(plan: _Plan, updates: Sequence[ChunkUpdate], by_name: Mapping
     """Change all parameters, and count guarded steps without waiting for the device."""
     plain: dict[float, list[tuple[Tensor, Tensor]]] = {}
     for chunk, update, guarded in zip(plan.layout.chunks, updates, plan.guarded, strict=True):
-        for name, step in chunk.unflatten(update.step).items():
+        flat, size = _direction_and_size(plan, update)
+        for name, direction in chunk.unflatten(flat).items():
             parameter, group = by_name[name].parameter, by_name[name].group
-            if isinstance(group["lr"], Tensor) or group["weight_decay"] or parameter.dtype != step.dtype:
-                _apply(parameter, step, group, plan.alpha)
+            if isinstance(group["lr"], Tensor) or group["weight_decay"] or parameter.dtype != direction.dtype:
+                _apply(parameter, size * direction, group, plan.alpha)
             else:
-                plain.setdefault(group["lr"], []).append((parameter, step))
+                plain.setdefault(size * group["lr"], []).append((parameter, direction))
         if guarded is not None:
             guarded.add_(update.guarded)
     for lr, pairs in plain.items():
         torch._foreach_sub_(*map(list, zip(*pairs, strict=True)), alpha=lr)
+
+
+def _direction_and_size(plan: _Plan, update: ChunkUpdate) -> tuple[Tensor, float]:
+    """Return a flat tensor and a number of the host, whose product is a chunk's step."""
+    if update.step_size is None or plan.step_size is None:
+        return update.step, 1.0
+    return update.direction, plan.step_size
 
 
 def _apply(parameter: Tensor, step: Tensor, group: Mapping[str, Any], alpha: Tensor) -> None:

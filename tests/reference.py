@@ -515,12 +515,13 @@ SeenByController = tuple[int, Tensor, Tensor, Sequence[tuple[Tensor, Tensor]] | 
 
 
 def controller_memory(seen: Sequence[SeenByController]) -> list[float]:
-    """Return what a controller remembers of a matrix besides its pace: cosine, and log of signal against noise.
+    """Return what a controller remembers of a matrix besides its pace: cosine, log of signal against noise, and
+    minus the log of the share of rows that gradients are made of.
 
     Args:
         seen: Of each step its age, the gradient, the average of earlier steps and, at a look, each row's factors.
     """
-    cosine, ratio = 0.0, 0.0
+    cosine, ratio, concentration = 0.0, 0.0, 0.0
     for age, gradient, average, rows in seen:
         product = sum(g * a for g, a in zip(gradient.flatten().tolist(), average.flatten().tolist(), strict=True))
         weight = max(0.2, 1 / max(age - 1, 1))
@@ -529,7 +530,11 @@ def controller_memory(seen: Sequence[SeenByController]) -> list[float]:
             noise = sum(torch.outer(g, a).square().sum().item() for g, a in rows)
             weight = 1.0 if age <= 1 else max(0.1, 1 / age)
             ratio += weight * (math.log(gradient.square().sum().item() / noise) - ratio)
-    return [cosine, ratio]
+            norms = [torch.outer(g, a).norm().item() for g, a in rows]
+            share = sum(norms) ** 2 / len(norms) / sum(norm**2 for norm in norms)
+            weight = 1.0 if age <= 1 else max(0.2, 1 / age)
+            concentration += weight * (-math.log(share) - concentration)
+    return [cosine, ratio, concentration]
 
 
 def turned_squares(old: Tensor, new: Tensor, squares: Tensor) -> list[list[float]]:

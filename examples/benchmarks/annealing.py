@@ -1,4 +1,6 @@
-"""What the falling bound of the default's pace does: with it, without it, the nominal term alone, and tuned Adam.
+"""What the falling bound of the default's pace does: with it, without one cause, the nominal term alone, tuned Adam.
+
+The bound falls with the steps (annealing), and where few data points make the gradients (concentration).
 
     python examples/benchmarks/annealing.py
 
@@ -41,17 +43,23 @@ class Curve(NamedTuple):
         return self.arm, f"{lowest:.4g}", f"{EVERY * self.losses.index(lowest)}", f"{self.losses[-1]:.4g}", reached
 
 
-def without_annealing(rule: UpdateRule) -> UpdateRule:
-    """Return the rule with a bound of the pace that stays."""
-    other = UpdateRule(replace(rule.config, annealing=0.0)).requires_grad_(False)
+def without(rule: UpdateRule, *names: str) -> UpdateRule:
+    """Return the rule with a bound of the pace that does not fall for these causes."""
+    other = UpdateRule(replace(rule.config, **dict.fromkeys(names, 0.0))).requires_grad_(False)
     other.load_state_dict(rule.state_dict())
     return other
 
 
 def own_arms() -> list[Arm]:
-    """Return the default, the default without annealing, and its nominal term."""
+    """Return the default, the default without each cause and without both, and its nominal term."""
     rule = load_weights("default").rule
-    chosen = {"default": rule, "without annealing": without_annealing(rule), "nominal term": nominal_rule(rule)}
+    chosen = {
+        "default": rule,
+        "without annealing": without(rule, "annealing"),
+        "without concentration": without(rule, "concentration"),
+        "without either": without(rule, "annealing", "concentration"),
+        "nominal term": nominal_rule(rule),
+    }
     return [
         Arm(name, lambda model, lr, total_steps, rule=each: GMNOptimizer(model, weights=rule, lr=lr), (1.0,))
         for name, each in chosen.items()
@@ -92,7 +100,7 @@ def rows_of(task: str, options: argparse.Namespace, bar: "tqdm[None]") -> list[t
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, and print the table."""
-    parser = argparse.ArgumentParser(description="The default with and without annealing.")
+    parser = argparse.ArgumentParser(description="The default with and without a bound that falls.")
     names = ["validation-carroll-windows-mlp", "validation-fmnist14-mlp", "validation-letters-mlp"]
     parser.add_argument("--tasks", nargs="+", default=names, metavar="NAME")
     parser.add_argument("--steps", type=int, default=1_000)
@@ -103,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.smoke:
         options.tasks, options.steps, options.seeds = options.tasks[:1], EVERY, 1
     torch.set_num_threads(1)
-    with tqdm(total=len(options.tasks) * (len(options.adam_lrs) + 3), desc="arms") as bar:
+    with tqdm(total=len(options.tasks) * (len(options.adam_lrs) + len(own_arms())), desc="arms") as bar:
         rows = [row for task in options.tasks for row in rows_of(task, options, bar)]
     fields = ("task", "optimizer", "lowest loss", "at step", "final loss", "steps to tuned Adam's lowest")
     print(format_table([fields, *rows]))

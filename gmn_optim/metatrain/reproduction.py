@@ -93,7 +93,8 @@ def _rule_words(rule: RuleConfig) -> list[str]:
     """Return the options of a rule."""
     arm = "nominal" if rule.body is None else rule.body + ("+gmn" if rule.gradmetanet else "")
     words = ["--arm", arm, "--nominal", rule.nominal, "--memory", rule.memory]
-    names = ["data_points", "width", "depth", "decay", "beta", "follow_every", "setpoint", "largest_pace", "annealing"]
+    names = ["data_points", "width", "depth", "decay", "beta", "follow_every"]
+    names += ["setpoint", "largest_pace", "annealing", "concentration"]
     for name in (*names, *(["alpha"] if rule.alpha is not None else [])):
         words += [_option(name), str(getattr(rule, name))]
     if net := rule.gradmetanet:

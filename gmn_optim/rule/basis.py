@@ -200,7 +200,9 @@ def out_of(basis: Basis, values: Tensor) -> Tensor:
     return turn_back(basis.columns, values) if basis.columns.numel() else values
 
 
-def with_preconditioners(basis: Basis, roots: Tensor, floor: Tensor, epsilon: Tensor) -> Basis:
+def with_preconditioners(
+    basis: Basis, roots: Tensor, floor: Tensor, epsilon: Tensor, correction: Tensor | float = 1.0
+) -> Basis:
     """Return the basis with preconditioners that divide its coordinates by the roots of second moments, as factored.
 
     The factors are the means over rows and over columns, ``r_i c_j / m`` with the mean m over all.
@@ -210,14 +212,16 @@ def with_preconditioners(basis: Basis, roots: Tensor, floor: Tensor, epsilon: Te
         roots: Of the second moment of each coordinate (groups, o, i).
         floor: Added to each factor, as a share of its mean ().
         epsilon: Added to ``r`` ().
+        correction: What the roots are to be divided by ().
 
     Reference:
         Shazeer and Stern (2018), "Adafactor", arXiv 1804.04235, for the factors; there they are of the second moments
         themselves.
     """
-    mean = roots.mean((-2, -1)).unsqueeze(-1)
-    of_rows = make_preconditioner(basis.rows, roots.mean(-1), floor * mean + epsilon)
-    of_columns = make_preconditioner(basis.columns, roots.mean(-2) / mean, floor)
+    rows, columns = roots.mean(-1) / correction, roots.mean(-2) / correction
+    mean = rows.mean(-1, keepdim=True)
+    of_rows = make_preconditioner(basis.rows, rows, floor * mean + epsilon)
+    of_columns = make_preconditioner(basis.columns, columns / mean, floor)
     return basis._replace(row_preconditioner=of_rows, column_preconditioner=of_columns)
 
 

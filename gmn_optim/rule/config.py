@@ -37,6 +37,8 @@ class RuleConfig:
         annealing: Steps in which that bound falls by log 2 in a model of two matrices with 200 inputs at most; fewer
             for more inputs, more for more matrices, see :class:`gmn_optim.rule.controller.Controller`. 0 for one that
             stays.
+        concentration: How much that bound falls where gradients are made of few rows alone, see the same class; 0 for
+            one that does not mind.
         share: What a body in the eigenbasis writes is multiplied by it: 1 as meta-trained, 0 for the nominal term.
         least_size: A body in the eigenbasis leaves a model to the nominal term if one of its matrices is smaller at
             first (root mean square against torch's initialization, zeros excepted); 0 to serve all.
@@ -67,6 +69,7 @@ class RuleConfig:
     setpoint: float = 0.0
     largest_pace: float = 0.8
     annealing: float = 0.0
+    concentration: float = 0.0
     share: float = 1.0
     least_size: float = 0.0
     guard: float = 1.0
@@ -91,17 +94,18 @@ class RuleConfig:
                     _is_positive(self.largest_pace) and self.largest_pace <= 5,
                     "positive, at most 5",
                 ),
-                (
-                    "setpoint",
-                    self.setpoint,
-                    self.setpoint == 0 or (self.body == "controller" and _is_positive(self.setpoint)),
-                    "0, or positive if the body is a controller",
-                ),
-                (
-                    "annealing",
-                    self.annealing,
-                    self.annealing == 0 or (self.body == "controller" and _is_positive(self.annealing)),
-                    "0, or positive if the body is a controller",
+                *(
+                    (
+                        name,
+                        value,
+                        value == 0 or (self.body == "controller" and _is_positive(value)),
+                        "0, or positive if the body is a controller",
+                    )
+                    for name, value in (
+                        ("setpoint", self.setpoint),
+                        ("annealing", self.annealing),
+                        ("concentration", self.concentration),
+                    )
                 ),
                 ("share", self.share, self.share == 0 or _is_positive(self.share), "0 or positive, at most 1e6"),
                 (

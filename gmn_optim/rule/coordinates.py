@@ -52,14 +52,15 @@ class Coordinates(NamedTuple):
         noise: Moving average of :meth:`TurnedRows.noise`; None where no factors explain the gradient, or none is kept.
         rows: Factors of each row, or None; turned if noise is kept.
         gain: What the learned term added when it looked last, as a share of the step; None without one.
-        own_gradient: The mean gradient in the parameter's own coordinates (groups, o, i).
-        average: The nominal term's average in the parameter's own coordinates (groups, o, i).
+        own_gradient: The mean gradient in the parameter's own coordinates: of weight and bias, each flat.
+        average: The nominal term's average, likewise; nothing where no learned term looks at it.
         look: Whether this training looks at the factors, and for how many steps that stands.
         is_turned: Whether gradient and step are in the coordinates of the bases.
         own_step: The nominal step in the parameter's own coordinates (groups, o, i), where it was made there and turned
             for a body that reads coordinates in the bases.
         step_size: Root mean square of the step (), where it is known.
         bound: What the step is still to be multiplied by (), None for one; the size counts with it.
+        age: How many steps the bases have followed, where the host knows.
     """
 
     matrix: Matrix
@@ -71,13 +72,14 @@ class Coordinates(NamedTuple):
     noise: Tensor | None
     rows: TurnedRows | None
     gain: Tensor | None
-    own_gradient: Tensor
-    average: Tensor
+    own_gradient: tuple[Tensor, ...]
+    average: tuple[Tensor, ...]
     look: Look = NO_LOOK
     is_turned: bool = True
     own_step: Tensor | None = None
     step_size: Tensor | None = None
     bound: Tensor | None = None
+    age: int | None = None
 
     def turned_back(self, step: Tensor) -> Tensor:
         """Return a changed step in the parameter's own coordinates; of one that was made there, only the change."""

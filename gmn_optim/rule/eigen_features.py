@@ -5,6 +5,7 @@ step made of them times signed coordinates turns with it.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ def layer_features(each: Coordinates, parameters: Tensor, matrices: int) -> Tens
     ratio = _log(each.squares.mean((-2, -1))) - _log(noise.mean((-2, -1)))
     size = _log(parameters.square().mean((-2, -1))) + math.log(inputs)
     logs = [ones * math.log(n / reference) for n, reference in ((inputs, 64), (outputs, 32), (matrices, 2))]
-    cosine = _cosine(each.own_gradient, each.average)
+    cosine = _cosine(each.own_gradient, each.average, each.matrix.groups)
     parts = [*logs, ratio.clamp(_LOWEST, _HIGHEST), 6 * cosine, size.clamp(_LOWEST, _HIGHEST)]
     return 0.5 * torch.stack(parts, dim=-1)
 
@@ -69,7 +70,8 @@ def _relative_log(squares: Tensor) -> Tensor:
     return _log(squares) - _log(squares.mean((-2, -1), keepdim=True))
 
 
-def _cosine(one: Tensor, other: Tensor) -> Tensor:
-    """Return the cosine between matrices (groups, o, i) as vectors (groups), 0 where either is zero."""
-    lengths = root(one.square().sum((-2, -1))) * root(other.square().sum((-2, -1)))
-    return (one * other).sum((-2, -1)) / lengths.clamp_min(LEAST_SQUARE)
+def _cosine(ones: Sequence[Tensor], others: Sequence[Tensor], groups: int) -> Tensor:
+    """Return the cosine between the blocks of matrices in flat parts (groups), 0 where either is zero."""
+    both = [torch.cat([part.view(groups, -1) for part in parts], dim=-1) for parts in (ones, others)]
+    lengths = root(both[0].square().sum(-1)) * root(both[1].square().sum(-1))
+    return (both[0] * both[1]).sum(-1) / lengths.clamp_min(LEAST_SQUARE)

@@ -9,9 +9,8 @@ from gmn_optim.constants import constant_tensor
 from gmn_optim.rule.body import AbstractMatrixBody, MatrixChange
 from gmn_optim.rule.bounded_steps import root_mean_squares
 from gmn_optim.rule.coordinates import Coordinates
-from gmn_optim.rule.features import inner_product, root
 from gmn_optim.rule.layout import Chunk, Layout
-from gmn_optim.rule.matrices import Matrix
+from gmn_optim.rule.matrices import Matrix, Part
 from gmn_optim.rule.nominal import ChangedStep
 from gmn_optim.rule.small_weights import LEAST_SIZE, first_sizes
 from gmn_optim.rule.training_constants import TrainingConstants
@@ -66,11 +65,8 @@ class EigenbasisSteps:
         changes = self._changes(turned, follow)
         learned = [number for number, each in enumerate(turned) if self._is_learned(each)]
         factors = self._guard([turned[n] for n in learned], [changes[n].gain for n in learned])
-        found = [ChangedStep(each.step, None, *change) for each, change in zip(turned, changes, strict=True)]
-        for number, factor in zip(learned, factors, strict=True):
-            one, step = factor.dim() == 0, turned[number].step
-            found[number] = found[number]._replace(step=step if one else step * factor, factor=factor if one else None)
-        return found
+        by_number = dict(zip(learned, factors, strict=True))
+        return [_changed(each.step, by_number.get(n), changes[n]) for n, each in enumerate(turned)]
 
     def _changes(self, turned: Sequence[Coordinates], follow: bool) -> list[MatrixChange]:
         """Return what the body makes of all matrices, nothing where the learned term does not serve."""
@@ -114,25 +110,30 @@ class EigenbasisSteps:
         """Return what steps are multiplied by, 1 where that is too large, and remember where that is so."""
         if not turned:
             return []
-        sizes = root(self._mean_squares([each.matrix for each in turned])) + self.floor
-        lengths = self.alpha * _changed_sizes(turned, gains).nan_to_num(nan=torch.inf)
-        fits = (lengths <= self.limit * sizes) & self._is_known
+        # of one gain for all coordinates
+        together = None if any(gain.dim() for gain in gains) else torch.stack([*gains])
+        lengths = self.alpha * _changed_sizes(turned, gains if together is None else together)
+        # which is false where a length is not a number
+        fits = (lengths <= self.limit * (self._sizes([each.matrix for each in turned]) + self.floor)) & self._is_known
         for each, guarded in zip(turned, (~fits).unbind(), strict=True):
             self._note(each.matrix, guarded)
-        if not any(gain.dim() for gain in gains):
-            return [*(1 + torch.where(fits, torch.stack([*gains]), 0.0)).unbind()]
+        if together is not None:
+            return [*(1 + torch.where(fits, together, 0.0)).unbind()]
         return [1 + torch.where(fit, gain, 0.0) for fit, gain in zip(fits.unbind(), gains, strict=True)]
 
-    def _mean_squares(self, matrices: Sequence[Matrix]) -> Tensor:
-        """Return the mean square of the parameters of each matrix (n)."""
-        squares, shares = [], []
-        for matrix in matrices:
-            parts = [self.pieces[part.chunk][part.segment] for part in (matrix.place, matrix.bias) if part is not None]
-            products = [inner_product(part, part) for part in parts]
-            squares.append(products[0] if len(products) == 1 else products[0] + products[1])
-            shares.append(1 / sum(len(part) for part in parts))
-        found = torch.stack(squares)
-        return found * constant_tensor(tuple(shares), found.dtype, found.device)
+    def _sizes(self, matrices: Sequence[Matrix]) -> Tensor:
+        """Return the root mean square of the parameters of each matrix (n)."""
+        lengths = self._lengths([matrix.place for matrix in matrices])
+        if any(matrix.bias is not None for matrix in matrices):
+            lengths = torch.hypot(lengths, self._lengths([matrix.bias for matrix in matrices]))
+        shares = tuple((matrix.groups * matrix.rows * matrix.columns) ** -0.5 for matrix in matrices)
+        return lengths * constant_tensor(shares, lengths.dtype, lengths.device)
+
+    def _lengths(self, parts: Sequence[Part | None]) -> Tensor:
+        """Return the length of each of these parameters (n), 0 of none."""
+        nothing = self.alpha.new_zeros(())
+        found = [nothing if p is None else torch.linalg.vector_norm(self.pieces[p.chunk][p.segment]) for p in parts]
+        return torch.stack(found)
 
     def _knows(self, turned: Sequence[Coordinates]) -> Tensor:
         """Return whether every matrix began with large enough weights, or with zeros ()."""
@@ -146,10 +147,16 @@ class EigenbasisSteps:
                 self._guarded[part] = guarded
 
 
-def _changed_sizes(turned: Sequence[Coordinates], gains: Sequence[Tensor]) -> Tensor:
-    """Return the root mean square of each step with its gain (n)."""
-    if any(gain.dim() for gain in gains):
+def _changed_sizes(turned: Sequence[Coordinates], gains: Sequence[Tensor] | Tensor) -> Tensor:
+    """Return the root mean square of each step with its gain (n); of gains (n) no changed steps are needed."""
+    if not isinstance(gains, Tensor):
         return root_mean_squares([each.step * (1 + gain) for each, gain in zip(turned, gains, strict=True)])
-    # one gain for all coordinates needs no tensor of changed ones
     known = [root_mean_squares([each.step])[0] if each.step_size is None else each.step_size for each in turned]
-    return torch.stack(known) * (1 + torch.stack([*gains])).abs()
+    return torch.stack(known) * (1 + gains).abs()
+
+
+def _changed(step: Tensor, factor: Tensor | None, change: MatrixChange) -> ChangedStep:
+    """Return a step times a factor, which is left to be done where it is one number."""
+    if factor is None or factor.dim() == 0:
+        return ChangedStep(step, factor, *change)
+    return ChangedStep(step * factor, None, *change)

@@ -1,5 +1,7 @@
 """Features of a parameter that the learned term reads: all scale-free."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,14 +18,45 @@ TINY = 1e-18
 """Root mean squares below this count as zero; far below any useful gradient, above underflow of squares."""
 
 
-def inner_product(one: Tensor, other: Tensor) -> Tensor:
-    """Return the sum of products of elements () without a tensor of products.
+def inner_products(ones: Sequence[Sequence[Tensor]], others: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Return the inner products of vectors (n), each in flat parts.
 
     Example:
-        >>> inner_product(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]))
-        tensor(11.)
+        >>> one, other = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])
+        >>> inner_products([[one, other], [one]], [[one, one], [other]])
+        tensor([16., 11.])
     """
-    return torch.dot(one.reshape(-1), other.reshape(-1))
+    parts = [(one, other) for pair in zip(ones, others, strict=True) for one, other in zip(*pair, strict=True)]
+    return _sums(torch.stack([torch.dot(one, other) for one, other in parts]), [len(each) for each in ones])
+
+
+def lengths(vectors: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Return the lengths of vectors (n), each in parts.
+
+    Example:
+        >>> lengths([[torch.tensor([1.0, 2.0]), torch.tensor([2.0])], [torch.tensor([4.0])]])
+        tensor([3., 4.])
+    """
+    counts = [len(each) for each in vectors]
+    found = torch.stack([torch.linalg.vector_norm(part) for each in vectors for part in each])
+    return found if max(counts) == 1 else root(_sums(found.square(), counts))
+
+
+def _sums(values: Tensor, counts: Sequence[int]) -> Tensor:
+    """Return the sums (n) of so many consecutive values each."""
+    if min(counts) == max(counts):
+        return values if counts[0] == 1 else values.view(-1, counts[0]).sum(-1)
+    return torch.stack([each.sum() for each in values.split([*counts])])
+
+
+def sum_of_squares(values: Tensor) -> Tensor:
+    """Return the sum of squares of all elements () in one operation and a product.
+
+    Example:
+        >>> round(sum_of_squares(torch.tensor([[1.0, 2.0]])).item(), 5)
+        5.0
+    """
+    return torch.linalg.vector_norm(values).square()
 
 
 def root(squares: Tensor) -> Tensor:

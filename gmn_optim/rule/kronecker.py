@@ -177,11 +177,9 @@ class KroneckerAdamTerm(FollowedBases, AdamTerm):
         if around.follow:
             basis = self._follow_squares(matrix, basis, look, gradient, pieces, of_chunks)
         step = preconditioned(basis, gradient)
-        average = pieces.averages.of(matrix) if around.change is not None else gradient
         noise, rows = self._see_noise(matrix, basis, look, pieces, of_chunks, around)
-        return Coordinates(
-            matrix, basis, gradient, step, None, None, noise, rows, None, gradient, average, look, is_turned=False
-        )
+        unturned = gradient, step, None, None, noise, rows, None, *_own_parts(matrix, pieces, around), look, False
+        return Coordinates(matrix, basis, *unturned, age=around.age)
 
     def _turned(self, own: Coordinates, pieces: MatrixPieces, of_chunks: ChunkCorrections) -> Coordinates:
         """Return the same for a body that reads coordinates in the bases."""
@@ -218,8 +216,8 @@ class KroneckerAdamTerm(FollowedBases, AdamTerm):
         decay = choose(look.follows, corrections.beta2**look.gap, 1.0)
         second = torch.lerp(into(basis, gradient).square(), pieces.seconds.of(matrix), decay)
         pieces.seconds.put(matrix, second)
-        roots = (second / corrections.second).clamp_min(LEAST_SQUARE).sqrt()
-        new = with_preconditioners(basis, roots, root(self.damping()), corrections.epsilon)
+        roots, correction = second.clamp_min(LEAST_SQUARE).sqrt(), corrections.second.sqrt()
+        new = with_preconditioners(basis, roots, root(self.damping()), corrections.epsilon, correction)
         pairs = zip(new, basis, strict=True)
         return Basis(*(fresh if fresh is kept else choose(look.follows, fresh, kept) for fresh, kept in pairs))
 
@@ -240,14 +238,14 @@ class KroneckerAdamTerm(FollowedBases, AdamTerm):
         pieces.seconds.put(matrix, second)
         squares = (second / corrections.second).clamp_min(LEAST_SQUARE)
         floor = self._floor(squares, corrections)
-        # of a step that does not average gradients, the average is only looked at by a learned term
-        is_seen = self.averages_gradients or around.change is not None
-        average = pieces.averages.of(matrix) if is_seen else gradient
-        numerator = into(basis, average) / corrections.first if self.averages_gradients else turned
+        numerator = turned
+        if self.averages_gradients:
+            numerator = into(basis, pieces.averages.of(matrix)) / corrections.first
         step = numerator / (squares.sqrt() + floor)
         noise, rows = self._see_noise(matrix, basis, look, pieces, of_chunks, around)
         gain = pieces.of_body[1].of(matrix) if pieces.of_body else None
-        return Coordinates(matrix, basis, turned, step, squares, floor, noise, rows, gain, gradient, average, look)
+        seen = turned, step, squares, floor, noise, rows, gain, *_own_parts(matrix, pieces, around), look
+        return Coordinates(matrix, basis, *seen, age=around.age)
 
     def _see_noise(
         self,
@@ -276,6 +274,13 @@ class KroneckerAdamTerm(FollowedBases, AdamTerm):
         noise = torch.lerp(pieces.of_body[0].of(matrix), rows.noise(), weight)
         pieces.of_body[0].put(matrix, noise)
         return noise.clamp_min(LEAST_SQUARE), rows
+
+
+def _own_parts(matrix: Matrix, pieces: MatrixPieces, around: Surroundings) -> tuple[tuple[Tensor, ...], ...]:
+    """Return gradient and average of a matrix in its own coordinates, which only a learned term looks at."""
+    if around.change is None:
+        return (), ()
+    return pieces.gradients.parts_of(matrix), pieces.averages.parts_of(matrix)
 
 
 def _product(*factors: Tensor | None) -> Tensor | None:

@@ -45,6 +45,10 @@ class FlatPieces:
         """Return the elements of a matrix (groups, o, i)."""
         return matrix.gather(self._pieces)
 
+    def parts_of(self, matrix: Matrix) -> tuple[Tensor, ...]:
+        """Return the elements of a matrix's weight and of its bias, if it has one, as they stand (., each flat)."""
+        return tuple(self._pieces[p.chunk][p.segment] for p in (matrix.place, matrix.bias) if p is not None)
+
     def put(self, matrix: Matrix, values: Tensor, factor: Tensor | None = None) -> None:
         """Put the elements of a matrix (groups, o, i), times a factor (), in the place of those that stand there."""
         matrix.scatter(values, self._pieces, factor)

@@ -11,6 +11,7 @@ from gmn_optim.rule.basis import Basis
 from gmn_optim.rule.coordinates import Coordinates
 from gmn_optim.rule.features import root
 from gmn_optim.rule.kronecker import KroneckerAdamTerm
+from gmn_optim.rule.layout import Chunk
 from gmn_optim.rule.look_schedule import FOLLOW_EVERY
 from gmn_optim.rule.matrices import Matrix
 from gmn_optim.rule.nominal import LEAST_SQUARE, Buffers, ChunkInputs, Surroundings, nominal_terms
@@ -88,7 +89,7 @@ class KroneckerScheduleFreeTerm(KroneckerAdamTerm):
         """Return the step of the parameters, and the new buffers e and v; ``momentum`` takes the place of beta."""
         normalized, second = self._normalize(gradient, buffers[1], step)
         beta = self.beta() if momentum is None else momentum
-        direction, average = self._average(normalized, buffers[0], step, beta, self.sharpness())
+        direction, average = _average(normalized, buffers[0], _weights(step, beta, self.sharpness()))
         return direction, (average, second)
 
     def directions(
@@ -101,12 +102,20 @@ class KroneckerScheduleFreeTerm(KroneckerAdamTerm):
         if around.turns is not None:
             turns, usual = around.turns, sharpness
             sharpness = around.once("sharpness", lambda: torch.where(turns, usual, SMALL_SHARPNESS))
+        known: dict[tuple[int, bool], tuple[Tensor, Tensor, Tensor]] = {}
         for chunk, inputs, (step, (_, *seconds)) in zip(around.layout.chunks, chunks, steps, strict=True):
-            beta = self.beta().clamp_min(MISSED_BETA) if chunk.missed else self.beta()
-            beta = beta if inputs.momentum is None else inputs.momentum
-            direction, average = self._average(step, inputs.buffers[0], inputs.step, beta, sharpness)
+            key = chunk.clock, chunk.missed  # chunks of one clock have taken the same steps, with the same momentum
+            if key not in known:
+                known[key] = _weights(inputs.step, self._beta_of(chunk, inputs), sharpness)
+            direction, average = _average(step, inputs.buffers[0], known[key])
             results.append((direction, (average, *seconds)))
         return results, bases
+
+    def _beta_of(self, chunk: Chunk, inputs: ChunkInputs) -> Tensor:
+        """Return the share of the average in the parameters of a chunk ()."""
+        if inputs.momentum is not None:
+            return inputs.momentum
+        return self.beta().clamp_min(MISSED_BETA) if chunk.missed else self.beta()
 
     def has_preconditioners(self, matrix: Matrix) -> bool:
         """Return whether it is a layer's weight; of a table few rows have a gradient."""
@@ -155,14 +164,18 @@ class KroneckerScheduleFreeTerm(KroneckerAdamTerm):
         root = (second / (1 - torch.pow(beta2, step))).clamp_min(LEAST_SQUARE).sqrt()
         return gradient / (root + self.epsilon()), second
 
-    def _average(
-        self, step: Tensor, average: Tensor, number: Tensor, beta: Tensor, sharpness: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return the step of the parameters for a step of z, and the new e."""
-        share = (sharpness / (number + sharpness - 1)).clamp_min(LEAST_SHARE)
-        now, kept = share * beta, 1 - share
-        # c beta (e + u) + (1 - beta) u with two passes over the tensors
-        return torch.addcmul(now * average, step, now + (1 - beta)), kept * (average + step)
+
+def _weights(number: Tensor, beta: Tensor, sharpness: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what e and u weigh in the step of the parameters, and what is kept of e, each ()."""
+    share = (sharpness / (number + sharpness - 1)).clamp_min(LEAST_SHARE)
+    now = share * beta
+    return now, now + (1 - beta), 1 - share
+
+
+def _average(step: Tensor, average: Tensor, weights: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the step of the parameters for a step u of z, ``c beta (e + u) + (1 - beta) u``, and the new e."""
+    of_average, of_step, kept = weights
+    return torch.addcmul(of_average * average, step, of_step), kept * (average + step)
 
 
 def _weight_size(matrix: Matrix, around: Surroundings) -> Tensor:

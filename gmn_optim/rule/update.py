@@ -69,15 +69,27 @@ class ChunkUpdate(NamedTuple):
     """One chunk's step.
 
     Attributes:
-        step: What to subtract from the parameters at lr 1 (size).
-        nominal: What the nominal term alone would have subtracted (size); of a body in the eigenbasis, which changes
-            steps before they are averaged, the step itself.
+        direction: What to subtract from the parameters at lr 1, up to the step size (size).
+        nominal_direction: The same of the nominal term alone; of a body in the eigenbasis, which changes steps before
+            they are averaged, the same direction.
         guarded: Per segment, whether the learned step was replaced by the nominal one (segments).
+        step_size: What directions are to be multiplied by (), None for one.
     """
 
-    step: Tensor
-    nominal: Tensor
+    direction: Tensor
+    nominal_direction: Tensor
     guarded: Tensor
+    step_size: Tensor | None = None
+
+    @property
+    def step(self) -> Tensor:
+        """Return what to subtract from the parameters at lr 1 (size)."""
+        return self.direction if self.step_size is None else self.step_size * self.direction
+
+    @property
+    def nominal(self) -> Tensor:
+        """Return what the nominal term alone would have subtracted (size)."""
+        return self.nominal_direction if self.step_size is None else self.step_size * self.nominal_direction
 
 
 class UpdateRule(nn.Module):
@@ -120,7 +132,7 @@ class UpdateRule(nn.Module):
         if config.in_eigenbasis:
             self.body = bodies[config.body](config.width, config.gradmetanet, config.data_points, config.share)
             self.nominal.serve_body(self.body.buffers_per_parameter, self.body.memory_per_matrix)
-            self.body.set_up(config.setpoint, config.largest_pace, config.annealing)
+            self.body.set_up(config.setpoint, config.largest_pace, config.annealing, config.concentration)
         elif config.body is not None:
             self.beta = LogScalar(config.beta)
             self.body = bodies[config.body](3 + len(DECAYS), 2 if config.gated else 1, config.width, config.depth)
@@ -195,7 +207,7 @@ class UpdateRule(nn.Module):
         around = Surroundings(layout, factors or {}, refresh, parameters, change, follow, **known)
         nominal, bases = self.nominal.directions(inputs, state.bases, around)
         if change is not None:
-            results = self._scale_chunks(layout, state.chunks, nominal, change)
+            results = self._scale_chunks(layout, state.chunks, inputs, nominal, change)
             return tuple(r[0] for r in results), RuleState(tuple(r[1] for r in results), memory, step, bases)
         each = zip(layout.chunks, parameters, gradients, state.chunks, nominal, strict=True)
         results = [
@@ -220,16 +232,17 @@ class UpdateRule(nn.Module):
         self,
         layout: Layout,
         states: Sequence[ChunkState],
+        inputs: Sequence[ChunkInputs],
         directions: Sequence[tuple[Tensor, Buffers]],
         change: EigenbasisSteps,
     ) -> list[tuple[ChunkUpdate, ChunkState]]:
         """Return each chunk's update and new state where the learned term is part of the direction already."""
         results = []
-        each = zip(layout.chunks, states, directions, strict=True)
-        for number, (chunk, state, (direction, buffers)) in enumerate(each):
-            taken = self.step_size(state.step + 1) * direction
-            update = ChunkUpdate(taken, taken, change.guarded(number, chunk, direction))
-            results.append((update, ChunkState(state.step + 1, state.averages, buffers)))
+        each = zip(layout.chunks, states, inputs, directions, strict=True)
+        for number, (chunk, state, (_, _, step, _), (direction, buffers)) in enumerate(each):
+            guarded = change.guarded(number, chunk, direction)
+            update = ChunkUpdate(direction, direction, guarded, self.step_size(step))
+            results.append((update, ChunkState(step, state.averages, buffers)))
         return results
 
     def update_chunk(

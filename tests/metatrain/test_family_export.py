@@ -118,7 +118,13 @@ def test_a_run_that_was_not_validated_is_not_exported(tmp_path):
         RuleConfig(nominal="adam", gated=True, scheduled=True, decay=1.0, memory="moments", beta=0.1),
         RuleConfig(nominal="kronecker_adam", body="eigenbasis", gradmetanet=GradMetaNetConfig(width=8, set_layers=3)),
         RuleConfig(
-            nominal="kronecker_adam", body="controller", setpoint=0.012, largest_pace=0.5, annealing=9.0, follow_every=3
+            nominal="kronecker_adam",
+            body="controller",
+            setpoint=0.012,
+            largest_pace=0.5,
+            annealing=9.0,
+            concentration=0.7,
+            follow_every=3,
         ),
         RuleConfig(gradmetanet=GradMetaNetConfig(width=4, neuron_layers=2, neuron_numbers=False), width=5, depth=2),
     ],

@@ -14,7 +14,7 @@ from gmn_optim.rule.layout import Layout, Segment, build_chunks
 def see(step: torch.Tensor, is_turned: bool = False) -> Coordinates:
     """Return a matrix with a step."""
     unknown = None, None, None, None, None
-    return Coordinates(MATRIX, init_basis(MATRIX, step), step, step, *unknown, step, step, is_turned=is_turned)
+    return Coordinates(MATRIX, init_basis(MATRIX, step), step, step, *unknown, (), (), is_turned=is_turned)
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1.6, 1e3, 1e30])

@@ -28,7 +28,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 def make_body(**weights: float) -> Controller:
     """Return a body that writes a weighted sum of some of its features and nothing else."""
     body = Controller(4, None, 0).double().requires_grad_(False)
-    places = {"pace": 0, "cosine": 1, "ratio": 2}
+    places = {"pace": 0, "cosine": 1, "ratio": 2, "concentration": 3}
     for name, weight in weights.items():
         if name == "bias":
             body.linear.bias.fill_(weight)
@@ -37,15 +37,20 @@ def make_body(**weights: float) -> Controller:
     return body
 
 
+def cut(values: Tensor) -> tuple[Tensor, ...]:
+    """Return a matrix in two flat parts, as those of weight and bias are."""
+    return values.flatten().split([8, 4])
+
+
 def see(age: int, memory: Tensor, average: Tensor | None = None, gap: float = 1.0, scale: float = 1.0) -> Coordinates:
     """Return a matrix of seven rows at some age, its gradient along an average of earlier steps or as drawn."""
     rows = TurnedRows(draw(1, 7, 3, seed=age), scale * draw(1, 7, 4, seed=50 + age))
     gradient = rows.backprops.mT @ rows.activations
-    basis = init_basis(MATRIX, gradient, memory=3)._replace(age=torch.tensor(float(age)).double(), memory=memory)
+    basis = init_basis(MATRIX, gradient, memory=4)._replace(age=torch.tensor(float(age)).double(), memory=memory)
     average = draw(1, 4, 3, seed=99) if average is None else average
     squares, floor = gradient.square(), torch.tensor(1e-4).double()
     look = Look(torch.tensor(gap > 0), torch.tensor(False), torch.tensor(gap).double())
-    seen = gradient, gradient.sign(), squares, floor, None, rows, None, gradient, average, look
+    seen = gradient, gradient.sign(), squares, floor, None, rows, None, cut(gradient), cut(average), look
     return Coordinates(MATRIX, basis, *seen)
 
 
@@ -56,58 +61,76 @@ def look(body: Controller, each: Coordinates) -> tuple[Tensor, Tensor]:
 
 
 def test_it_remembers_what_loops_find() -> None:
-    body, memory, seen = make_body(), torch.zeros(3).double(), []
+    body, memory, seen = make_body(), torch.zeros(4).double(), []
     for age in range(1, 15):
         each = see(age, memory, gap=1.0 if age <= 10 else 5.0)
         memory = look(body, each)[1] if age % 3 else body.hold([each], MODEL)[0].memory
         rows = list(zip(each.rows.backprops[0], each.rows.activations[0], strict=True)) if age % 3 else None
-        seen.append((age, each.own_gradient[0], each.average[0], rows))
+        seen.append((age, torch.cat(each.own_gradient), torch.cat(each.average), rows))
     assert memory.tolist() == pytest.approx([0.0, *reference.controller_memory(seen)])
 
 
 @pytest.mark.parametrize("gap", [1.0, 5.0, 0.0])
 def test_a_look_changes_the_pace_by_its_steps_and_no_more(gap: float) -> None:
-    gain, memory = look(make_body(bias=100.0), see(3, torch.zeros(3).double(), gap=gap))
+    gain, memory = look(make_body(bias=100.0), see(3, torch.zeros(4).double(), gap=gap))
     assert memory[0].item() == pytest.approx(RATE * gap)
     assert gain.item() == pytest.approx(math.expm1(RATE * gap))
 
 
-def test_a_single_row_changes_neither_pace_nor_signal_against_noise() -> None:
-    body, memory = make_body(bias=1.0), torch.tensor([0.3, 0.1, 0.2]).double()
+def test_a_single_row_changes_no_more_than_the_cosine() -> None:
+    body, memory = make_body(bias=1.0), torch.tensor([0.3, 0.1, 0.2, 0.4]).double()
     each = see(4, memory)
     rows = TurnedRows(*(side[:, :1] for side in each.rows))
-    alone = look(body, each._replace(rows=rows, own_gradient=rows.backprops.mT @ rows.activations))[1]
-    assert torch.equal(alone[[0, 2]], memory[[0, 2]]) and alone[1] != memory[1]
+    alone = look(body, each._replace(rows=rows, own_gradient=cut(rows.backprops.mT @ rows.activations)))[1]
+    assert torch.equal(alone[[0, 2, 3]], memory[[0, 2, 3]]) and alone[1] != memory[1]
 
 
 def test_gradients_along_the_steps_of_late_speed_up_and_those_against_them_slow_down() -> None:
-    body, memory = make_body(cosine=1.0), torch.zeros(3).double()
-    gradient = see(4, memory).own_gradient
+    body, memory = make_body(cosine=1.0), torch.zeros(4).double()
+    gradient = see(4, memory).gradient
     assert look(body, see(4, memory, average=gradient))[0] > 0.05
     assert look(body, see(4, memory, average=-gradient))[0] < -0.05
 
 
 def test_gradients_that_agree_are_told_from_noise() -> None:
-    body, memory = make_body(ratio=1.0), torch.zeros(3).double()
+    body, memory = make_body(ratio=1.0), torch.zeros(4).double()
     each = see(1, memory)
     rows = TurnedRows(*(side[:, :1].expand_as(side) for side in each.rows))
-    agreeing = each._replace(rows=rows, own_gradient=rows.backprops.mT @ rows.activations)
-    noisy = each._replace(own_gradient=1e-3 * each.own_gradient)
+    agreeing = each._replace(rows=rows, own_gradient=cut(rows.backprops.mT @ rows.activations))
+    noisy = each._replace(own_gradient=cut(1e-3 * each.gradient))
     # seven equal gradients: the square of their sum is seven times the sum of their squares
     assert look(body, agreeing)[1][2].item() == pytest.approx(math.log(7))
     assert look(body, agreeing)[0] > 0 > look(body, noisy)[0]
 
 
+@pytest.mark.parametrize("others", [0.0, 1e-3, 1.0])
+def test_gradients_of_one_row_are_told_from_those_of_all(others: float) -> None:
+    each = see(1, torch.zeros(4).double())
+    scales = torch.tensor([1.0, *[others] * 6], dtype=torch.float64)[None, :, None]
+    rows = TurnedRows(torch.ones_like(each.rows.activations), scales.expand_as(each.rows.backprops))
+    gain, memory = look(make_body(concentration=1.0), each._replace(rows=rows))
+    share = (1 + 6 * others) ** 2 / (7 * (1 + 6 * others**2))
+    assert memory[3].item() == pytest.approx(-math.log(share), abs=1e-12)
+    assert (gain > 0) == (others < 1)
+
+
+def test_without_any_gradient_nothing_is_known_of_its_rows() -> None:
+    each = see(4, torch.tensor([0.0, 0.0, 0.0, 0.75]).double())
+    rows = TurnedRows(each.rows.activations, torch.zeros_like(each.rows.backprops))
+    memory = look(make_body(), each._replace(rows=rows, own_gradient=cut(torch.zeros_like(each.gradient))))[1]
+    assert memory[3].item() == 0.75
+
+
 def test_between_looks_the_pace_holds_and_the_cosine_goes_on() -> None:
-    memory = torch.tensor([0.5, 0.0, 0.25]).double()
+    memory = torch.tensor([0.5, 0.0, 0.25, 0.75]).double()
     gain, after = make_body(bias=1.0).hold([see(7, memory)], MODEL)[0]
     assert gain.item() == pytest.approx(math.expm1(0.5))
-    assert after[1] != 0 and after[[0, 2]].tolist() == [0.5, 0.25]
+    assert after[1] != 0 and after[[0, 2, 3]].tolist() == [0.5, 0.25, 0.75]
 
 
 @pytest.mark.parametrize(("bias", "bound"), [(100.0, 0.4), (-100.0, LEAST_PACE)])
 def test_the_pace_has_bounds(bias: float, bound: float) -> None:
-    body, memory = make_body(bias=bias), torch.zeros(3).double()
+    body, memory = make_body(bias=bias), torch.zeros(4).double()
     body.set_up(0.0, largest_pace=0.4)
     for age in range(1, 60):
         memory = look(body, see(age, memory))[1]
@@ -118,7 +141,7 @@ def test_the_pace_has_bounds(bias: float, bound: float) -> None:
     ("pace", "age", "wanted"), [(0.4, 80, 0.4 - math.log(1.2)), (-0.6, 30, -0.6), (0.4, 1_000_000, LEAST_BOUND)]
 )
 def test_with_annealing_the_largest_pace_falls(pace: float, age: int, wanted: float) -> None:
-    body, memory = make_body(), torch.tensor([pace, 0.0, 0.0]).double()
+    body, memory = make_body(), torch.tensor([pace, 0.0, 0.0, 0.0]).double()
     body.set_up(0.0, largest_pace=0.4, annealing=50.0)
     each = see(age, memory, average=torch.zeros(1, 4, 3).double())
     ((looked, after),) = body([each], [draw(1, 4, 3)], [MATRIX] * 4, ALPHA)
@@ -127,11 +150,25 @@ def test_with_annealing_the_largest_pace_falls(pace: float, age: int, wanted: fl
     assert after[0].item() == pytest.approx(pace)
 
 
+@pytest.mark.parametrize(
+    ("concentrations", "fallen"),
+    [((0.3, 2.0), 0.0), ((1.0, 0.75), 0.5), ((3.0, 2.0), 3.0), ((9.0, 9.0), 0.4 - LEAST_BOUND)],
+)
+def test_the_largest_pace_falls_where_few_rows_make_gradients_in_every_matrix(
+    concentrations: tuple[float, float], fallen: float
+) -> None:
+    body = make_body()
+    body.set_up(0.0, largest_pace=0.4, concentration=2.0)
+    seen = [see(9, torch.tensor([0.4, -0.1, 0.0, each]).double()) for each in concentrations]
+    for change in body.hold(seen, MODEL):
+        assert math.log1p(change.gain.item()) == pytest.approx(max(0.4 - fallen, LEAST_BOUND))
+
+
 @pytest.mark.parametrize(("cosine", "share"), [(-0.5, 1.0), (0.05, 0.5), (0.2, 0.0)])
 def test_the_largest_pace_falls_less_while_gradients_agree_with_the_steps(cosine: float, share: float) -> None:
-    body, each = make_body(), see(100, torch.tensor([0.4, cosine, 0.0]).double())
+    body, each = make_body(), see(100, torch.tensor([0.4, cosine, 0.0, 0.0]).double())
     body.set_up(0.0, largest_pace=0.4, annealing=50.0)
-    across = torch.zeros_like(each.average)  # a cosine of zero, of which the memory takes a fifth
+    across = cut(torch.zeros_like(each.gradient))  # a cosine of zero, of which the memory takes a fifth
     each = each._replace(average=across, basis=each.basis._replace(memory=each.basis.memory / 0.8))
     gain = body.hold([each], [MATRIX])[0].gain
     assert math.log1p(gain.item()) == pytest.approx(0.4 - share * math.log(2))
@@ -159,7 +196,7 @@ def test_annealing_leaves_alone_what_the_controller_does_not_serve(
     follow: bool, role: str, size: float, changed: bool
 ) -> None:
     layout = Layout(tuple(build_chunks([Segment("0.weight", (4, 3), "0", role)], True)))
-    body, each = make_body(), see(1_000, torch.zeros(3).double())
+    body, each = make_body(), see(1_000, torch.zeros(4).double())
     body.set_up(0.0, largest_pace=0.4, annealing=10.0)
     rows = each.rows if follow and role == "weight" else None
     basis = each.basis._replace(size=torch.tensor(size / 3).double())  # torch's initialization has 1 / sqrt(3 inputs)
@@ -170,30 +207,30 @@ def test_annealing_leaves_alone_what_the_controller_does_not_serve(
 
 
 def test_without_meta_training_the_nominal_step_stays() -> None:
-    gain, memory = look(Controller(4, None, 0).double(), see(1, torch.zeros(3).double()))
+    gain, memory = look(Controller(4, None, 0).double(), see(1, torch.zeros(4).double()))
     assert gain.item() == 0 and memory[0].item() == 0
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1e9])
 def test_the_scale_of_the_loss_is_immaterial(scale: float) -> None:
     body = make_body(cosine=0.3, ratio=0.2, bias=0.1)
-    found, wanted = (look(body, see(2, torch.zeros(3).double(), scale=each)) for each in (scale, 1.0))
+    found, wanted = (look(body, see(2, torch.zeros(4).double(), scale=each)) for each in (scale, 1.0))
     torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_factors_that_are_not_finite_are_forgotten(bad: float) -> None:
-    body, memory = make_body(cosine=0.3, ratio=0.2), torch.zeros(3).double()
+    body, memory = make_body(cosine=0.3, ratio=0.2), torch.zeros(4).double()
     each = see(2, memory)
     rows = TurnedRows(each.rows.activations * bad, each.rows.backprops)
-    gain, memory = look(body, each._replace(rows=rows, own_gradient=each.own_gradient * bad))
+    gain, memory = look(body, each._replace(rows=rows, own_gradient=cut(each.gradient * bad)))
     assert memory.isfinite().all() and gain.isfinite()
 
 
 def test_with_a_setpoint_it_holds_the_cosine_there() -> None:
     body = Controller(4, None, 0).double()
     body.set_up(0.02, largest_pace=0.8)
-    memory = torch.tensor([0.0, -0.02, 0.0]).double()
+    memory = torch.tensor([0.0, -0.02, 0.0, 0.0]).double()
     each = see(9, memory, average=torch.zeros(1, 4, 3).double())
     ((_, above),) = body(
         [each._replace(basis=each.basis._replace(memory=memory + 0.05))], [draw(1, 4, 3)], MODEL, ALPHA

@@ -33,7 +33,7 @@ def coordinates() -> Coordinates:
     squares = draw(1, 4, 3, seed=4).square() + 0.1
     basis = init_basis(MATRIX, gradient)
     seen = gradient, gradient / squares.sqrt(), squares, FLOOR, rows.noise(), rows, torch.zeros_like(gradient)
-    return Coordinates(MATRIX, basis, *seen, gradient, average)
+    return Coordinates(MATRIX, basis, *seen, (gradient.flatten(),), (average.flatten(),))
 
 
 def moved(each: Coordinates, rows: Tensor, columns: Tensor) -> Coordinates:
@@ -76,7 +76,12 @@ def test_features_are_those_of_loops() -> None:
     each, parameters = coordinates(), draw(1, 4, 3, seed=5)
     wanted = reference.coordinate_features(each.gradient[0], each.squares[0], each.noise[0])
     torch.testing.assert_close(coordinate_features(each)[0], wanted)
-    values = each.squares[0], each.noise[0], each.own_gradient[0], each.average[0], parameters[0]
+    values = (
+        each.squares[0],
+        each.noise[0],
+        *(part.view(4, 3) for part in (*each.own_gradient, *each.average)),
+        parameters[0],
+    )
     assert layer_features(each, parameters, 3)[0].tolist() == pytest.approx(reference.layer_features(*values, 3))
 
 
