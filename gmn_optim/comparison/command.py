@@ -26,6 +26,9 @@ def add_compare(commands: Any) -> None:
     command.add_argument(
         "--rivals", nargs="+", metavar="ARM", help="in a report, arms whose best all are compared with"
     )
+    command.add_argument(
+        "--medians", type=int, metavar="N", help="in a report, test curves are running medians of N measurements"
+    )
     command.add_argument("--seeds", type=int, default=5, help="trainings of each arm on the test set")
     command.add_argument("--tuning-seeds", type=int, default=2, help="trainings at each point of a grid")
     command.add_argument("--steps", type=int, help="of a training; by default the task's horizon")
@@ -41,14 +44,14 @@ def run_compare(options: argparse.Namespace) -> None:
     """Compare, or report on a folder, and write the tables to the standard output.
 
     Raises:
-        InvalidArgumentError: neither a task nor a folder to report on was given, or rivals without such a folder.
+        InvalidArgumentError: neither a task nor a folder to report on was given, or what a report takes without one.
     """
     from gmn_optim.comparison import Protocol, arms, compare, report
 
     if options.report is not None:
-        found = report(options.report, options.task, options.rivals)
-    elif options.rivals:
-        raise InvalidArgumentError("--rivals says what a report compares with; give '--report DIR' too")
+        found = report(options.report, options.task, options.rivals, options.medians or 1)
+    elif options.rivals or options.medians:
+        raise InvalidArgumentError("--rivals and --medians are for a report; give '--report DIR' too")
     elif options.task:
         names = ("seeds", "tuning_seeds", "steps", "every", "examples", "rounds", "threads")
         protocol = Protocol(**{name: getattr(options, name) for name in names})

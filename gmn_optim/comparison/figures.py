@@ -88,6 +88,7 @@ class OverallFigures:
         factor: Geometric mean of its factors; where a target is not reached, the factor that it has at most.
         time_factor: The same for time.
         many_time_factor: The same for time on tasks of more than 100,000 parameters; not a number without one.
+        many_missed: On how many of these it did not reach the target.
         against_strong: Geometric mean of its factor over that of the best other rival.
         worst_final: Largest ratio of its final loss to tuned Adam's.
     """
@@ -97,6 +98,7 @@ class OverallFigures:
     factor: float
     time_factor: float
     many_time_factor: float
+    many_missed: int
     against_strong: float
     worst_final: float
 
@@ -290,13 +292,15 @@ def _overall(name: str, tasks: Sequence[TaskFigures], rivals: Sequence[str]) -> 
         [factor_at_most(task, each) for each in rivals if each in task.arms and each != name] for task in tasks
     ]
     against = [factor / max(of_task) for factor, of_task in zip(factors, of_rivals, strict=True) if of_task]
-    of_many = [time for time, task in zip(times, tasks, strict=True) if task.parameters > MANY_PARAMETERS]
+    are_many = [task.parameters > MANY_PARAMETERS for task in tasks]
+    of_many = [time for time, is_one in zip(times, are_many, strict=True) if is_one]
     return OverallFigures(
         tasks=len(tasks),
         reached=sum(arm.factor > 0 for arm in own),
         factor=geometric_mean(factors),
         time_factor=geometric_mean(times),
         many_time_factor=geometric_mean(of_many),
+        many_missed=sum(is_one and not arm.factor for arm, is_one in zip(own, are_many, strict=True)),
         against_strong=geometric_mean(against),
         worst_final=max(arm.final_loss / task.arms["adam"].final_loss for arm, task in zip(own, tasks, strict=True)),
     )

@@ -20,6 +20,7 @@ from gmn_optim.comparison.figures import (
     validation_scores,
     validation_target,
 )
+from gmn_optim.comparison.medians import with_medians
 from gmn_optim.comparison.pictures import can_draw, draw_curves
 from gmn_optim.comparison.record import Protocol, Record, Training
 from gmn_optim.comparison.tables import notes, overall_json, overall_table, task_table, to_json
@@ -131,17 +132,22 @@ def compare(
     return found
 
 
-def report(folder: str | Path, tasks: Sequence[str] | None = None, rivals: Sequence[str] | None = None) -> Comparison:
+def report(
+    folder: str | Path, tasks: Sequence[str] | None = None, rivals: Sequence[str] | None = None, medians: int = 1
+) -> Comparison:
     """Return the figures of a folder, complete or not; write its tables and pictures anew unless asked for a part.
 
     Args:
         folder: A comparison's.
         tasks: Names of tasks; None for all.
         rivals: Names of the arms whose best every arm is compared with; None for the strong ones.
+        medians: Measurements of which test curves are running medians, so that no lucky point decides; 1 for the
+            curves as they are.
 
     Raises:
         CheckpointError: the folder holds no comparison.
         UnknownNameError: it has no such task or arm.
+        InvalidArgumentError: ``medians`` is not odd.
 
     Example:
         >>> import tempfile
@@ -156,9 +162,10 @@ def report(folder: str | Path, tasks: Sequence[str] | None = None, rivals: Seque
     known = dict.fromkeys(each.task for each in record.trainings.values())
     _require_known("task", tasks or (), known)
     _require_known("arm", rivals or (), dict.fromkeys(each.arm for each in record.trainings.values()))
-    figures = {name: task_figures(record, name) for name in tasks or known}
+    seen = record if medians == 1 else with_medians(record, medians)
+    figures = {name: task_figures(seen, name) for name in tasks or known}
     found = Comparison(protocol, {n: each for n, each in figures.items() if each}, rivals=tuple(rivals or STRONG_ARMS))
-    if not tasks and not rivals:
+    if not tasks and not rivals and medians == 1:
         found.save(Path(folder))
     return found
 

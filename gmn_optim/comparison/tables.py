@@ -42,10 +42,10 @@ def overall_table(overall: Mapping[str, OverallFigures]) -> str:
             name,
             str(each.tasks),
             str(each.reached),
-            _bounded(each.factor, each),
-            _bounded(each.time_factor, each),
-            _bounded(each.many_time_factor, each),
-            _bounded(each.against_strong, each),
+            _bounded(each.factor, each.reached < each.tasks),
+            _bounded(each.time_factor, each.reached < each.tasks),
+            _bounded(each.many_time_factor, each.many_missed > 0),
+            _bounded(each.against_strong, each.reached < each.tasks),
             _times(each.worst_final) if math.isfinite(each.worst_final) else "failed",
         )
         for name, each in overall.items()
@@ -137,10 +137,9 @@ def _task_row(name: str, arm: ArmFigures) -> tuple[str, ...]:
     )
 
 
-def _bounded(value: float, each: OverallFigures) -> str:
-    """Return a mean of factors, marked as a bound if a target was missed."""
-    mark = "<" if each.reached < each.tasks and math.isfinite(value) else ""
-    return mark + _times(value)
+def _bounded(value: float, is_bound: bool) -> str:
+    """Return a mean of factors, marked as a bound where a target was missed."""
+    return ("<" if is_bound and math.isfinite(value) else "") + _times(value)
 
 
 def _loss(value: float) -> str:

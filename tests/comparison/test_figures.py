@@ -123,3 +123,14 @@ def test_other_rivals_may_be_named(record):
     found = overall_figures([task_figures(record, "one")], rivals=["slow", "muon"])
     assert found["soap"].against_strong == pytest.approx(3.0 / 1.5)
     assert overall_figures([task_figures(record, "one")], rivals=["soap"])["muon"].against_strong == pytest.approx(0.5)
+
+
+def test_a_bound_is_marked_where_a_target_was_missed_and_nowhere_else():
+    record = Record(None)
+    for task, parameters, losses in (("large", 1_000_000, [2.0, 1.0]), ("small", 10, [2.0, 1.5])):
+        add(record, task, "adam", 0.1, "test", [2.0, 1.0])
+        add(record, task, "soap", 0.1, "test", losses)
+        record.add(Timing(task, "soap", [2.0], 0.1, 10, parameters))
+    figures = overall_figures([task_figures(record, task) for task in ("large", "small")])
+    cells = [cell.strip() for cell in overall_table(figures).splitlines()[3].split(" | ")]
+    assert cells == ["soap", "2", "1", "<1.00x", "<0.50x", "0.50x", "-", "1.50x"]

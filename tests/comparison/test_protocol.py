@@ -140,9 +140,11 @@ def test_the_command_compares_and_reports(tmp_path, capsys):
     assert status == 0 and "sgd-momentum" in out and "fewer steps" in out
     assert run(["compare", "--report", folder], capsys)[:2] == (0, out)
     written = (tmp_path / "found" / "report.md").read_bytes()
-    assert run(["compare", "quadratic", "--report", folder, "--rivals", "sgd-momentum"], capsys)[0] == 0
+    for part in (["quadratic", "--rivals", "sgd-momentum"], ["--medians", "3"]):
+        assert run(["compare", *part, "--report", folder], capsys)[0] == 0
     assert (tmp_path / "found" / "report.md").read_bytes() == written
-    for part, message in ((["other"], "no task other"), (["--rivals", "lion"], "no arm lion")):
+    refused = (["other"], "no task other"), (["--rivals", "lion"], "no arm lion"), (["--medians", "2"], "an odd number")
+    for part, message in refused:
         status, _, err = run(["compare", "--report", folder, *part], capsys)
         assert status == 2 and message in err
 
@@ -152,6 +154,7 @@ def test_the_command_compares_and_reports(tmp_path, capsys):
     [
         ([], "no task was given"),
         (["quadratic", "--rivals", "soap", "--out", "{f}"], "give '--report DIR' too"),
+        (["quadratic", "--medians", "5", "--out", "{f}"], "give '--report DIR' too"),
         (["quadratics", "--out", "{f}"], "Did you mean 'quadratic'"),
         (["quadratic", "--arms", "muno", "--out", "{f}"], "Did you mean 'muon'"),
         (["quadratic", "--seeds", "0", "--out", "{f}"], "seeds=0 is too low"),
