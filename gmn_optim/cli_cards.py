@@ -7,8 +7,17 @@ from gmn_optim.report import format_table
 from gmn_optim.rule import RuleConfig
 from gmn_optim.weights import WeightsCard
 
-FIGURES = ("fewer steps than nominal, tuned", "both untuned", "than Adam, tuned", "final loss / nominal's")
+FIGURES = (
+    "fewer steps than nominal, tuned",
+    "both untuned",
+    "than Adam, tuned",
+    "speed / nominal's, tuned",
+    "final loss / nominal's",
+)
 """Titles of what a rule for a family reached."""
+
+KEYS = ("against_nominal", "untuned", "against_adam", "speed", "ratio")
+"""What they are called in a card; one of an older version lacks the speed."""
 
 
 def list_table(cards: Sequence[WeightsCard]) -> str:
@@ -83,21 +92,20 @@ def describe_protocol(results: Mapping[str, Any]) -> str:
 def family_table(figures: Mapping[str, Any]) -> str:
     """Return the figures of :meth:`gmn_optim.metatrain.family_figures.FamilyEvaluation.to_dict` as a Markdown table."""
     rows = [("task", *FIGURES)]
-    keys = ("against_nominal", "untuned", "against_adam", "ratio")
-    rows += [(name, *_show_figures([each[key] for key in keys])) for name, each in figures["tasks"].items()]
-    together = _show_figures([figures[key] for key in (*keys[:3], "worst_ratio")])
+    rows += [(name, *_show_figures([each.get(key) for key in KEYS])) for name, each in figures["tasks"].items()]
+    together = _show_figures([figures.get(key) for key in (*KEYS[:-1], "worst_ratio")])
     return format_table([*rows, ("geometric mean; worst ratio", *together)])
 
 
 def steps_table(found: Mapping[int, Mapping[str, Any]]) -> str:
     """Return the summaries of outer steps as a Markdown table."""
-    rows = [("outer step", *FIGURES[:3], f"worst {FIGURES[3]}")]
-    keys = ("against_nominal", "untuned", "against_adam", "worst_ratio")
-    rows += [(str(step), *_show_figures([each[key] for key in keys])) for step, each in found.items()]
+    rows = [("outer step", *FIGURES[:-1], f"worst {FIGURES[-1]}")]
+    keys = (*KEYS[:-1], "worst_ratio")
+    rows += [(str(step), *_show_figures([each.get(key) for key in keys])) for step, each in found.items()]
     return format_table(rows)
 
 
 def _show_figures(values: Sequence[float | None]) -> list[str]:
     """Return step reductions and, last, a ratio of losses in words."""
     *shown, ratio = ("-" if value is None else f"{value:.3f}" for value in values)
-    return [*(f"{factor}x" for factor in shown), ratio]
+    return [*(factor if factor == "-" else f"{factor}x" for factor in shown), ratio]

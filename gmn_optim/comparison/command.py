@@ -49,8 +49,9 @@ def run_compare(options: argparse.Namespace) -> None:
     from gmn_optim.comparison import Protocol, arms, compare, report
 
     if options.report is not None:
-        found = report(options.report, options.task, options.rivals, options.medians or 1)
-    elif options.rivals or options.medians:
+        medians = 1 if options.medians is None else options.medians
+        found = report(options.report, options.task, options.rivals, medians)
+    elif options.rivals or options.medians is not None:
         raise InvalidArgumentError("--rivals and --medians are for a report; give '--report DIR' too")
     elif options.task:
         names = ("seeds", "tuning_seeds", "steps", "every", "examples", "rounds", "threads")

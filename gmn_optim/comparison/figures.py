@@ -11,6 +11,7 @@ from gmn_optim.comparison.arms import Setting
 from gmn_optim.comparison.record import Record, Training
 from gmn_optim.comparison.tuning import Score, best_setting, is_at_edge
 from gmn_optim.metatrain.evaluation import Curves
+from gmn_optim.metatrain.family_figures import crossing
 
 STRONG_ARMS = ("adamw-cosine", "muon", "soap", "kfac")
 """Whose best is the rival of every arm in the overall table, unless others are named."""
@@ -178,20 +179,6 @@ def validation_target(record: Record, task: str) -> float | None:
     """Return the lowest point of Adam's mean validation curves, None before Adam was tuned."""
     scores = validation_scores(record.of(task, "adam", "validation"))
     return min((loss for _, loss in scores.values()), default=None)
-
-
-def crossing(curve: Sequence[float], target: float) -> float:
-    """Return the place along a curve where it first comes down to a target, between points by a straight line.
-
-    Example:
-        >>> crossing([2.0, 1.0, 0.5], target=0.75), crossing([2.0, 1.0], target=0.1)
-        (1.5, inf)
-    """
-    for place, value in enumerate(curve):
-        if value <= target:
-            before = curve[place - 1] if place else value
-            return place - (target - value) / (before - value) if before > value and math.isfinite(before) else place
-    return math.inf
 
 
 def mean_curve(trainings: Sequence[Training]) -> list[float]:

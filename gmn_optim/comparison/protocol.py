@@ -135,7 +135,7 @@ def compare(
 def report(
     folder: str | Path, tasks: Sequence[str] | None = None, rivals: Sequence[str] | None = None, medians: int = 1
 ) -> Comparison:
-    """Return the figures of a folder, complete or not; write its tables and pictures anew unless asked for a part.
+    """Return the figures of a folder, complete or not; write tables and pictures anew if nothing else is given.
 
     Args:
         folder: A comparison's.

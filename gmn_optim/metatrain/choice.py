@@ -33,8 +33,9 @@ inputs or few examples, on which a bound that stays lets it overfit before it is
 
 
 CONCENTRATION = 0.3
-"""Of a controller in exported weights, at most. With 1, final losses on few examples are lower still, but it takes data
-that are easy to learn, in which few examples are left after some tens of steps, for data that are memorized."""
+"""Of a controller in exported weights that was meta-trained without. With 1, final losses on few examples are lower
+still, but it takes data that are easy to learn, of which few are left after some tens of steps, for data that are
+memorized."""
 
 
 def as_used(config: RuleConfig, share: float) -> RuleConfig:
@@ -46,7 +47,7 @@ def as_used(config: RuleConfig, share: float) -> RuleConfig:
     """
     least_size, pace = LEAST_SIZE if config.in_eigenbasis else 0.0, min(config.largest_pace, LARGEST_PACE)
     annealing = config.annealing or (ANNEALING if config.body == "controller" else 0.0)
-    concentration = min(config.concentration or 1.0, CONCENTRATION) if config.body == "controller" else 0.0
+    concentration = config.concentration or (CONCENTRATION if config.body == "controller" else 0.0)
     used = {"least_size": least_size, "largest_pace": pace, "annealing": annealing, "concentration": concentration}
     return replace(config, share=share, **used)
 
@@ -78,7 +79,7 @@ def read_summaries(path: Path, step: int | None = None, share: float = 1.0) -> l
     """
     groups: dict[str, dict[int, Summary]] = {}
     for line in read_lines(path):
-        if "against_adam" in line and line.get("share", 1.0) == share:
+        if "speed" in line and line.get("share", 1.0) == share:
             key = json.dumps([line["settings"], sorted(line["tasks"])], sort_keys=True)
             groups[key] = {**groups.pop(key, {}), line["step"]: line}
     if not groups:
@@ -92,7 +93,7 @@ def read_summaries(path: Path, step: int | None = None, share: float = 1.0) -> l
 
 
 def choose_summary(summaries: Sequence[Summary], step: int | None = None) -> Choice:
-    """Return the outer step with the largest mean step reduction against the nominal term at its best step size.
+    """Return the outer step that is fastest on the whole way against the nominal term at its best step size.
 
     Only outer steps whose worst ratio of final losses is at most :data:`LARGEST_RATIO` count, if there are any.
 
@@ -105,8 +106,8 @@ def choose_summary(summaries: Sequence[Summary], step: int | None = None) -> Cho
 
     Example:
         >>> summaries = [
-        ...     {"step": 0, "against_nominal": 1.0, "worst_ratio": 1.0},
-        ...     {"step": 9, "against_nominal": 1.5, "worst_ratio": 1.2},
+        ...     {"step": 0, "speed": 1.0, "worst_ratio": 1.0},
+        ...     {"step": 9, "speed": 1.5, "worst_ratio": 1.2},
         ... ]
         >>> choose_summary(summaries).summary["step"]
         0
@@ -117,10 +118,10 @@ def choose_summary(summaries: Sequence[Summary], step: int | None = None) -> Cho
             raise InvalidArgumentError(f"outer step {step} was not validated; those that were are {sorted(found)}")
         return Choice(found[step], f"outer step {step}, given by hand among {_count(summaries)}")
     harmless = [each for each in summaries if _ratio(each) <= LARGEST_RATIO]
-    best = max(harmless or summaries, key=lambda each: (each["against_nominal"], -_ratio(each)))
+    best = max(harmless or summaries, key=lambda each: (each["speed"], -_ratio(each)))
     bound = f"with a worst final-loss ratio against the nominal term of at most {LARGEST_RATIO}"
     share = f"the {len(harmless)} of {_count(summaries)}" if harmless else f"{_count(summaries)}, there being none"
-    return Choice(best, f"outer step {best['step']}, the largest mean step reduction among {share} {bound}")
+    return Choice(best, f"outer step {best['step']}, the largest mean speed among {share} {bound}")
 
 
 def _ratio(summary: Summary) -> float:

@@ -200,9 +200,7 @@ def out_of(basis: Basis, values: Tensor) -> Tensor:
     return turn_back(basis.columns, values) if basis.columns.numel() else values
 
 
-def with_preconditioners(
-    basis: Basis, roots: Tensor, floor: Tensor, epsilon: Tensor, correction: Tensor | float = 1.0
-) -> Basis:
+def with_preconditioners(basis: Basis, roots: Tensor, floor: Tensor, epsilon: Tensor, correction: Tensor) -> Basis:
     """Return the basis with preconditioners that divide its coordinates by the roots of second moments, as factored.
 
     The factors are the means over rows and over columns, ``r_i c_j / m`` with the mean m over all.

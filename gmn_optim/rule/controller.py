@@ -65,8 +65,9 @@ class Controller(AbstractMatrixBody):
     largest pace and ``T' = T (n / 2) (200 / i)`` in a model of n matrices with i inputs at most: where inputs are many,
     the cosine drowns in noise and tells no longer that steps are too long. While the mean cosine is positive the bound
     is higher, and has not fallen at all from 0.1 on: such a model is still on its way. It also falls by ``k (c - 0.5)``
-    for a concentration c beyond 0.5, the least one of all matrices: the few data points that a classifier has not
-    learned yet are what it memorizes next, and as noisy as a batch of so few.
+    for a concentration c beyond 0.5, the least one of all matrices (0 of one that only ever saw single rows). The few
+    data points that a classifier has not learned yet are what it memorizes next, and their gradient is as noisy as
+    that of a small batch.
 
     Args:
         width: Hidden channels of the MLP.

@@ -187,7 +187,8 @@ class UpdateRule(nn.Module):
                 there need be none.
             sees: Whether the factors of this step are known. Without them second moments are followed, and what looks
                 at factors holds.
-            age: Which step of all bases this is, where a clock knows; it saves asking each of them.
+            age: Which step of all bases this is, where a clock knows, which saves asking each of them. Not under vmap:
+                with it, values may be looked at too.
             constants: What the earlier steps of this training found to stay; None to work it out.
         """
         embedding, memory = None, state.memory

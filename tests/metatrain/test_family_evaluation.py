@@ -6,7 +6,7 @@ import torch
 from gmn_optim.errors import InvalidArgumentError, UnknownNameError
 from gmn_optim.metatrain import Unroll, evaluate
 from gmn_optim.metatrain.family_evaluation import TUNED_ADAM_LRS, Protocol, evaluate_family, sweep_adam, sweep_nominal
-from gmn_optim.metatrain.family_figures import References, compare, step_reduction
+from gmn_optim.metatrain.family_figures import References, compare, speed, step_reduction
 from gmn_optim.rule import RuleConfig, UpdateRule
 from gmn_optim.tasks import tasks
 from tests.metatrain.families import RULE, build_rule
@@ -48,6 +48,28 @@ def test_the_reference_is_the_best_multiplier():
 )
 def test_step_reduction_compares_steps_to_what_both_reach(curve, reference, expected):
     assert step_reduction(curve, reference, every=10) == expected
+
+
+def test_a_curve_that_takes_two_steps_at_once_is_twice_as_fast():
+    reference = [8.0 * 0.9**step for step in range(41)]
+    assert speed(reference[::2], reference, every=10) == pytest.approx(2.0, rel=1e-3)
+    assert speed(reference, reference[::2], every=10) == pytest.approx(0.5, rel=1e-3)
+
+
+def test_speed_counts_as_far_as_both_get():
+    reference = [8.0 * 0.9**step for step in range(41)]
+    assert speed(reference[:21], reference, every=10) == pytest.approx(1.0)
+
+
+def test_a_lucky_point_changes_speed_less_than_the_step_reduction():
+    smooth = [8.0, 4.0, 2.0, 1.5, 1.3, 1.2, 1.1, 1.0]
+    lucky = [8.0, 4.0, 2.0, 1.0, 1.3, 1.2, 1.1, 1.1]
+    assert step_reduction(lucky, smooth, 10) > 2.3 and 1.0 < speed(lucky, smooth, 10) < 1.5
+
+
+@pytest.mark.parametrize("bad", [[4.0, 4.0, 4.0], [4.0, 2.0, 0.0], [math.inf, 3.0, 2.0], [4.0, math.inf, math.inf]])
+def test_where_there_is_no_way_down_on_a_logarithmic_scale_speed_is_the_step_reduction(bad):
+    assert speed(bad, bad, 10) == step_reduction(bad, bad, 10) == 1.0
 
 
 ADAM = {0.001: [4.0, 3.0, 2.0], 0.01: [4.0, 4.0, 1.0]}

@@ -49,9 +49,9 @@ def weights(run_folder, tmp_path):
     return load_weights(tmp_path / "tiny.safetensors")
 
 
-def summary(step, against_nominal, worst_ratio, tasks=("a",), seeds=(1,)):
+def summary(step, speed, worst_ratio, tasks=("a",), seeds=(1,)):
     settings = {"seeds": list(seeds)}
-    figures = {"against_nominal": against_nominal, "against_adam": 1.0, "worst_ratio": worst_ratio}
+    figures = {"against_nominal": 1.0, "against_adam": 1.0, "speed": speed, "worst_ratio": worst_ratio}
     return {"step": step, **figures, "tasks": {name: {} for name in tasks}, "settings": settings}
 
 
@@ -79,10 +79,10 @@ def test_summaries_of_the_most_tasks_count_then_the_most_steps_then_the_last(tmp
     lines = [summary(0, 1, 1), summary(5, 1, 1), summary(0, 2, 1, "ab"), summary(5, 3, 1, "ab", (2,))]
     for line in lines:
         append_line(path, line)
-    assert [each["against_nominal"] for each in read_summaries(path)] == [3]
-    assert [each["against_nominal"] for each in read_summaries(path, step=0)] == [2]
+    assert [each["speed"] for each in read_summaries(path)] == [3]
+    assert [each["speed"] for each in read_summaries(path, step=0)] == [2]
     append_line(path, summary(5, 4, 1, "ab"))
-    assert [each["against_nominal"] for each in read_summaries(path)] == [2, 4]
+    assert [each["speed"] for each in read_summaries(path)] == [2, 4]
 
 
 def test_the_card_of_a_family_run_tells_choice_figures_and_how_to_check_it(weights, run_folder):
@@ -249,3 +249,11 @@ def test_exporting_the_same_rule_twice_gives_the_same_files(run_folder, tmp_path
     for name in ("tiny.safetensors", "tiny.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert as_used(RULE, 1.0) == load_weights(tmp_path / "a" / "tiny.safetensors").rule.config
+
+
+@pytest.mark.parametrize(
+    ("body", "given", "used"), [("controller", 0.7, 0.7), ("controller", 0.0, 0.3), (None, 0.0, 0.0)]
+)
+def test_a_controller_is_used_with_a_concentration(body, given, used):
+    rule = RuleConfig(nominal="kronecker_schedule_free", body=body, concentration=given)
+    assert as_used(rule, 1.0).concentration == used

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gmn_optim.rule.basis import init_basis
-from gmn_optim.rule.bounded_steps import LARGEST_SIZE, bounded
+from gmn_optim.rule.bounded_steps import LARGEST_SIZE, bounded, root_mean_squares
 from gmn_optim.rule.coordinates import Coordinates
 from gmn_optim.rule.layout import Layout, Segment, build_chunks
 
@@ -25,6 +25,12 @@ def test_a_step_is_as_large_as_it_is_or_as_allowed(size: float) -> None:
     assert each.step_size.item() == pytest.approx(wanted)
     torch.testing.assert_close(each.step * each.bound, step / size * wanted)
     assert bounded([see(step), see(small)])[1].bound == 1
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+def test_where_squares_overflow_the_size_is_that_of_the_largest_element(on_host: bool) -> None:
+    found = root_mean_squares([torch.tensor([1e30, -2e30]), torch.tensor([3.0, -3.0])], on_host)
+    torch.testing.assert_close(found, torch.tensor([2e30, 3.0]))
 
 
 def test_steps_that_no_preconditioner_made_are_not_bounded() -> None:

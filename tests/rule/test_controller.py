@@ -60,10 +60,11 @@ def look(body: Controller, each: Coordinates) -> tuple[Tensor, Tensor]:
     return gain, memory
 
 
-def test_it_remembers_what_loops_find() -> None:
+@pytest.mark.parametrize("on_host", [False, True])
+def test_it_remembers_what_loops_find(on_host: bool) -> None:
     body, memory, seen = make_body(), torch.zeros(4).double(), []
     for age in range(1, 15):
-        each = see(age, memory, gap=1.0 if age <= 10 else 5.0)
+        each = see(age, memory, gap=1.0 if age <= 10 else 5.0)._replace(age=age if on_host else None)
         memory = look(body, each)[1] if age % 3 else body.hold([each], MODEL)[0].memory
         rows = list(zip(each.rows.backprops[0], each.rows.activations[0], strict=True)) if age % 3 else None
         seen.append((age, torch.cat(each.own_gradient), torch.cat(each.average), rows))
@@ -140,10 +141,11 @@ def test_the_pace_has_bounds(bias: float, bound: float) -> None:
 @pytest.mark.parametrize(
     ("pace", "age", "wanted"), [(0.4, 80, 0.4 - math.log(1.2)), (-0.6, 30, -0.6), (0.4, 1_000_000, LEAST_BOUND)]
 )
-def test_with_annealing_the_largest_pace_falls(pace: float, age: int, wanted: float) -> None:
+@pytest.mark.parametrize("on_host", [False, True])
+def test_with_annealing_the_largest_pace_falls(pace: float, age: int, wanted: float, on_host: bool) -> None:
     body, memory = make_body(), torch.tensor([pace, 0.0, 0.0, 0.0]).double()
     body.set_up(0.0, largest_pace=0.4, annealing=50.0)
-    each = see(age, memory, average=torch.zeros(1, 4, 3).double())
+    each = see(age, memory, average=torch.zeros(1, 4, 3).double())._replace(age=age if on_host else None)
     ((looked, after),) = body([each], [draw(1, 4, 3)], [MATRIX] * 4, ALPHA)
     held = body.hold([each], [MATRIX] * 4)[0].gain
     assert looked.item() == pytest.approx(math.expm1(wanted)) == held.item()
@@ -162,6 +164,13 @@ def test_the_largest_pace_falls_where_few_rows_make_gradients_in_every_matrix(
     seen = [see(9, torch.tensor([0.4, -0.1, 0.0, each]).double()) for each in concentrations]
     for change in body.hold(seen, MODEL):
         assert math.log1p(change.gain.item()) == pytest.approx(max(0.4 - fallen, LEAST_BOUND))
+
+
+def test_both_causes_add_up() -> None:
+    body, each = make_body(), see(100, torch.tensor([0.4, -0.1, 0.0, 0.75]).double())
+    body.set_up(0.0, largest_pace=0.4, annealing=100.0, concentration=2.0)
+    gain = body.hold([each], MODEL)[0].gain
+    assert math.log1p(gain.item()) == pytest.approx(0.4 - math.log(1 + 100 / (100 * 4)) - 2.0 * 0.25)
 
 
 @pytest.mark.parametrize(("cosine", "share"), [(-0.5, 1.0), (0.05, 0.5), (0.2, 0.0)])
