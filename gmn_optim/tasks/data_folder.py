@@ -85,7 +85,8 @@ def load_cifar10(folder: Folder = None, side: int = 32) -> ImageData:
     """Return CIFAR-10, re-encoded as JPEG: 50,000 training and 10,000 test images of three channels, one after another.
 
     The file holds the bytes with which all images begin (``prefix``), what follows (``tails``) and where each image's
-    part begins (``offsets``). Needs Pillow, of the extra ``tasks``.
+    part begins (``offsets``). Its classes take turns; here either part is in an order drawn once, always the same, so
+    that evenly spaced examples are of all classes. Needs Pillow, of the extra ``tasks``.
 
     Raises:
         DataError: the file is missing or damaged, or Pillow is not installed.
@@ -168,7 +169,13 @@ def _cifar10(path: Path, side: int) -> ImageData:
         raise DataError(f"the data file {path} is damaged or of another kind ({error}); get it anew") from error
     if len(labels) != len(images) or not 0 < train < len(images) or labels.max() > 9:
         raise DataError(f"the data file {path} holds {len(images)} images and {len(labels)} labels; get it anew")
-    return ImageData(images[:train], labels[:train], images[train:], labels[train:])
+    first, last = _drawn_order(0, train), _drawn_order(train, len(labels))
+    return ImageData(images[first], labels[first], images[last], labels[last])
+
+
+def _drawn_order(start: int, stop: int) -> Tensor:
+    """Return the numbers from one to another in a drawn order, always the same."""
+    return start + torch.randperm(stop - start, generator=torch.Generator().manual_seed(0))
 
 
 def _decode(prefix: bytes, tails: bytes, offsets: list[int], side: int) -> Tensor:

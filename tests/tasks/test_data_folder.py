@@ -102,9 +102,16 @@ def test_jpeg_images_are_decoded(tmp_path: Path) -> None:
     levels = write_cifar(tmp_path / "cifar10-jpeg.npz")
     data = load_cifar10(tmp_path, side=4)
     assert data.train_images.shape == (8, 48) and data.test_images.shape == (4, 48)
-    found = data.train_images.unflatten(1, (3, 16)).float().mean(2)
-    torch.testing.assert_close(found, torch.from_numpy(levels[:8]).float(), rtol=0, atol=3)
-    assert data.test_labels.tolist() == [8, 9, 0, 1]
+    assert sorted(data.train_labels.tolist()) == [*range(8)] and sorted(data.test_labels.tolist()) == [0, 1, 8, 9]
+    places = torch.cat([data.train_labels, 8 + (data.test_labels - 8) % 10])
+    found = torch.cat([data.train_images, data.test_images]).unflatten(1, (3, 16)).float().mean(2)
+    torch.testing.assert_close(found, torch.from_numpy(levels[places.numpy()]).float(), rtol=0, atol=3)
+
+
+def test_jpeg_images_are_in_an_order_drawn_once_since_the_file_has_its_classes_in_turn(tmp_path: Path) -> None:
+    write_cifar(tmp_path / "cifar10-jpeg.npz")
+    labels = load_cifar10(tmp_path, side=4).train_labels
+    assert labels.tolist() != [*range(8)] and torch.equal(labels, load_cifar10(tmp_path, side=8).train_labels)
 
 
 @pytest.mark.parametrize(
