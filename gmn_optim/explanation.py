@@ -150,8 +150,7 @@ class Routing:
         weights = {}
         for matrix in find_matrices(clocks):
             if matrix.weight.role == "weight" and matrix.has_basis:
-                parts = [part for part in (matrix.place, matrix.bias) if part is not None]
-                owned = [clocks[part.chunk][1][part.segment].name for part in parts]
+                owned = [clocks[part.chunk][1][part.segment].name for part in matrix.parts]
                 weights.update({keys[name]: keys[matrix.weight.name] for name in owned})
         return weights
 

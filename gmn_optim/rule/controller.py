@@ -10,7 +10,7 @@ from gmn_optim.constants import constant_tensor
 from gmn_optim.nn.gradmetanet import GradMetaNetConfig
 from gmn_optim.rule.body import AbstractMatrixBody, MatrixChange, bodies
 from gmn_optim.rule.coordinates import Coordinates
-from gmn_optim.rule.features import inner_products, lengths, root, sum_of_squares
+from gmn_optim.rule.features import inner_products, lengths, root
 from gmn_optim.rule.look_schedule import choose
 from gmn_optim.rule.matrices import Matrix
 from gmn_optim.rule.nominal import LEAST_SQUARE
@@ -161,7 +161,7 @@ def _look(turned: Sequence[Coordinates]) -> Tensor:
     """Return memories (n, 4) that have followed this step, and the rows of this look."""
     pace, cosine, ratio, concentration = _align(turned).unbind(-1)
     signal = lengths([each.own_gradient for each in turned]).square()
-    noise, share = torch.stack([_noise(each) for each in turned]).unbind(-1)
+    noise, share = torch.stack([_noise_and_share(each) for each in turned]).unbind(-1)
     seen, ages = (_gaps(turned, ratio) > 0).to(ratio.dtype), _ages(turned)
     ratio = _follow(ratio, _log(signal) - _log(noise), (-4.0, 6.0), seen * _weight(ages, NOISE_WEIGHT))
     weight = seen * (share > 0) * _weight(ages, CONCENTRATION_WEIGHT)
@@ -195,7 +195,7 @@ def _gaps(turned: Sequence[Coordinates], like: Tensor) -> Tensor:
     return torch.stack([torch.as_tensor(gap, dtype=like.dtype, device=like.device) for gap in gaps])
 
 
-def _noise(each: Coordinates) -> Tensor:
+def _noise_and_share(each: Coordinates) -> Tensor:
     """Return the sum over rows of squared gradients, and the share of rows that gradients are made of (2)."""
     squares = each.rows.activations.square().sum(-1) * each.rows.backprops.square().sum(-1)
     noise, norms = squares.sum(), root(squares / squares.amax().clamp_min(LEAST_SQUARE))
@@ -212,13 +212,13 @@ def _controls(memories: Tensor) -> Tensor:
 def _size_features(each: Coordinates, parameters: Tensor, matrices: int, alpha: Tensor) -> Tensor:
     """Return features of a matrix's sizes (5): sides, number of matrices, weights, and steps of late against them."""
     outputs, inputs = each.step.shape[-2:]
-    square = sum_of_squares(parameters) / parameters.numel()
+    square = torch.linalg.vector_norm(parameters).square() / parameters.numel()
     sides = [
         math.log(min(max(n, low), high) / reference)
         for n, (low, high, reference) in zip((inputs, outputs, matrices), RANGES, strict=True)
     ]
     weights = _log(square) + math.log(inputs)
-    late = lengths([each.average]).square().squeeze(0) / each.step.numel()
+    late = lengths([each.average])[0].square() / each.step.numel()
     moved = 2 * alpha.log() + _log(late) - _log(square) + 6.0
     logs = constant_tensor(tuple(sides), square.dtype, square.device)
     return 0.5 * torch.cat([logs, torch.stack([weights, moved]).clamp(-8.0, 8.0)])

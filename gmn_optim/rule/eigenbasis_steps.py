@@ -9,8 +9,9 @@ from gmn_optim.constants import constant_tensor
 from gmn_optim.rule.body import AbstractMatrixBody, MatrixChange
 from gmn_optim.rule.bounded_steps import root_mean_squares
 from gmn_optim.rule.coordinates import Coordinates
+from gmn_optim.rule.features import lengths
 from gmn_optim.rule.layout import Chunk, Layout
-from gmn_optim.rule.matrices import Matrix, Part
+from gmn_optim.rule.matrices import Matrix
 from gmn_optim.rule.nominal import ChangedStep
 from gmn_optim.rule.small_weights import LEAST_SIZE, first_sizes
 from gmn_optim.rule.training_constants import TrainingConstants
@@ -112,9 +113,9 @@ class EigenbasisSteps:
             return []
         # of one gain for all coordinates
         together = None if any(gain.dim() for gain in gains) else torch.stack([*gains])
-        lengths = self.alpha * _changed_sizes(turned, gains if together is None else together)
-        # which is false where a length is not a number
-        fits = (lengths <= self.limit * (self._sizes([each.matrix for each in turned]) + self.floor)) & self._is_known
+        changed = self.alpha * _changed_sizes(turned, gains if together is None else together)
+        # which is false where a size is not a number
+        fits = (changed <= self.limit * (self._sizes([each.matrix for each in turned]) + self.floor)) & self._is_known
         for each, guarded in zip(turned, (~fits).unbind(), strict=True):
             self._note(each.matrix, guarded)
         if together is not None:
@@ -123,17 +124,9 @@ class EigenbasisSteps:
 
     def _sizes(self, matrices: Sequence[Matrix]) -> Tensor:
         """Return the root mean square of the parameters of each matrix (n)."""
-        lengths = self._lengths([matrix.place for matrix in matrices])
-        if any(matrix.bias is not None for matrix in matrices):
-            lengths = torch.hypot(lengths, self._lengths([matrix.bias for matrix in matrices]))
+        found = lengths([[self.pieces[part.chunk][part.segment] for part in matrix.parts] for matrix in matrices])
         shares = tuple((matrix.groups * matrix.rows * matrix.columns) ** -0.5 for matrix in matrices)
-        return lengths * constant_tensor(shares, lengths.dtype, lengths.device)
-
-    def _lengths(self, parts: Sequence[Part | None]) -> Tensor:
-        """Return the length of each of these parameters (n), 0 of none."""
-        nothing = self.alpha.new_zeros(())
-        found = [nothing if p is None else torch.linalg.vector_norm(self.pieces[p.chunk][p.segment]) for p in parts]
-        return torch.stack(found)
+        return found * constant_tensor(shares, found.dtype, found.device)
 
     def _knows(self, turned: Sequence[Coordinates]) -> Tensor:
         """Return whether every matrix began with large enough weights, or with zeros ()."""
@@ -142,9 +135,7 @@ class EigenbasisSteps:
 
     def _note(self, matrix: Matrix, guarded: Tensor) -> None:
         """Remember whether a matrix was guarded, for its weight and its bias."""
-        for part in (matrix.place, matrix.bias):
-            if part is not None:
-                self._guarded[part] = guarded
+        self._guarded.update(dict.fromkeys(matrix.parts, guarded))
 
 
 def _changed_sizes(turned: Sequence[Coordinates], gains: Sequence[Tensor] | Tensor) -> Tensor:

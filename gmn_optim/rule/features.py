@@ -49,16 +49,6 @@ def _sums(values: Tensor, counts: Sequence[int]) -> Tensor:
     return torch.stack([each.sum() for each in values.split([*counts])])
 
 
-def sum_of_squares(values: Tensor) -> Tensor:
-    """Return the sum of squares of all elements () in one operation and a product.
-
-    Example:
-        >>> round(sum_of_squares(torch.tensor([[1.0, 2.0]])).item(), 5)
-        5.0
-    """
-    return torch.linalg.vector_norm(values).square()
-
-
 def root(squares: Tensor) -> Tensor:
     """Return the square root, with slope zero at zero.
 

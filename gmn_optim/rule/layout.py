@@ -99,7 +99,7 @@ class Layout:
     @cached_property
     def vectors(self) -> tuple[tuple[Part, ...], ...]:
         """Return for each chunk the places of the parameters that belong to no matrix."""
-        taken = {part for matrix in self.matrices for part in (matrix.place, matrix.bias) if part is not None}
+        taken = {part for matrix in self.matrices for part in matrix.parts}
         return tuple(
             tuple(part for place in range(len(chunk.segments)) if (part := Part(number, place)) not in taken)
             for number, chunk in enumerate(self.chunks)

@@ -58,6 +58,11 @@ class Matrix:
         """Return the columns without that of the bias, 1 at least."""
         return max(self.columns - (self.bias is not None), 1)
 
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Return where the weight stands and, if there is one, the bias."""
+        return (self.place,) if self.bias is None else (self.place, self.bias)
+
     def gather(self, pieces: Pieces) -> Tensor:
         """Return the elements of the matrix (groups, o, i)."""
         weight = pieces[self.place.chunk][self.place.segment].view(self.groups, self.rows, -1)

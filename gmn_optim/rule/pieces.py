@@ -46,13 +46,13 @@ class FlatPieces:
         return matrix.gather(self._pieces)
 
     def parts_of(self, matrix: Matrix) -> tuple[Tensor, ...]:
-        """Return the elements of a matrix's weight and of its bias, if it has one, as they stand (., each flat)."""
-        return tuple(self._pieces[p.chunk][p.segment] for p in (matrix.place, matrix.bias) if p is not None)
+        """Return the elements of a matrix's weight (size) and, if it has one, of its bias (size), as they stand."""
+        return tuple(self._pieces[part.chunk][part.segment] for part in matrix.parts)
 
     def put(self, matrix: Matrix, values: Tensor, factor: Tensor | None = None) -> None:
         """Put the elements of a matrix (groups, o, i), times a factor (), in the place of those that stand there."""
         matrix.scatter(values, self._pieces, factor)
-        self._replaced.update(part.chunk for part in (matrix.place, matrix.bias) if part is not None)
+        self._replaced.update(part.chunk for part in matrix.parts)
 
     def of_parts(self, parts: Sequence[Part]) -> Tensor:
         """Return the elements of some segments as one tensor."""
