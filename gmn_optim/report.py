@@ -11,7 +11,6 @@ from torch import Tensor
 from gmn_optim.constants import constant
 from gmn_optim.neurons import NeuronSpaces
 from gmn_optim.rule import Chunk
-from gmn_optim.rule.update import ChunkUpdate
 
 
 class SummaryRow(NamedTuple):
@@ -152,9 +151,8 @@ LARGE = 4_096
 """Elements of a segment, on average, from which products of whole segments are quicker than those of elements."""
 
 
-def measure_chunk(chunk: Chunk, update: ChunkUpdate, gradient: Tensor, lrs: Sequence[float | Tensor]) -> MeasuredChunk:
-    """Return the measures of a chunk's newest step, without a transfer to the host."""
-    step = update.step
+def measure_chunk(chunk: Chunk, step: Tensor, gradient: Tensor, lrs: Sequence[float | Tensor]) -> MeasuredChunk:
+    """Return the measures of a chunk's newest step at lr 1 (size), without a transfer to the host."""
     if chunk.size >= LARGE * len(chunk.segments):
         pairs = zip(step.split(chunk.sizes), gradient.split(chunk.sizes), strict=True)
         products = [torch.dot(*two) for one, other in pairs for two in ((one, one), (other, other), (one, other))]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gmn_optim.allocation import keep_freed_memory
+from gmn_optim.between_looks import StepsBetweenLooks
 from gmn_optim.capture import GradientCapture, Verification
 from gmn_optim.gradients import DecomposedGradient
 from gmn_optim.neuron_sets import NeuronSets, gather_neurons
@@ -44,6 +45,7 @@ class _Plan(NamedTuple):
         guarded: Per chunk, counts of guarded steps (segments), or None where no learned term serves it.
         clock: Says when the nominal term's bases are made anew.
         constants: What the rule found to stay as it is.
+        between_looks: Takes steps between two looks; None where the rule takes them all.
     """
 
     key: _Key
@@ -57,6 +59,7 @@ class _Plan(NamedTuple):
     guarded: list[Tensor | None]
     clock: RefreshClock
     constants: TrainingConstants
+    between_looks: StepsBetweenLooks | None
 
 
 class Stepper:
@@ -107,14 +110,28 @@ class Stepper:
             log: Where the step is counted.
         """
         plan = self._prepare(active, capture, state, log)
-        sees, factors = not _let_go_by(capture), {}
-        if capture is not None and plan.clock.follows and sees:
-            factors = self._explained_factors(capture, active, plan.state.step, verdicts)
         try:
-            _take(plan, active, factors, _neurons(factors, plan, active, verdicts), sees, log)
+            if not _take_between_looks(plan, active, log):
+                self._take_by_rule(plan, active, capture, verdicts, log)
+            plan.clock.advance()
+            log.steps += 1
         except BaseException:  # what the rule found to stay would outlive a step that never was
             self.forget()
             raise
+
+    def _take_by_rule(
+        self,
+        plan: _Plan,
+        active: Sequence[ActiveParameter],
+        capture: GradientCapture | None,
+        verdicts: Mapping[str, Verification],
+        log: StepLog,
+    ) -> None:
+        """Let the rule take a step, with the factors that it reads if it looks at any now."""
+        sees, factors = not _let_go_by(capture), {}
+        if capture is not None and plan.clock.follows and sees:
+            factors = self._explained_factors(capture, active, plan.state.step, verdicts)
+        _take(plan, active, factors, _neurons(factors, plan, active, verdicts), sees, log)
 
     def _explained_factors(
         self,
@@ -167,7 +184,10 @@ class Stepper:
         entries, constants = _entries(state, active), TrainingConstants()
         alpha = rule.alpha()
         step_size = None if rule.config.scheduled else alpha.item()
-        return _Plan(key, wiring, layout, packed, rule, alpha, step_size, entries, guarded, clock, constants)
+        between = None
+        if StepsBetweenLooks.serves(rule, layout, packed):
+            between = StepsBetweenLooks(rule, layout, packed, guarded)
+        return _Plan(key, wiring, layout, packed, rule, alpha, step_size, entries, guarded, clock, constants, between)
 
     def _rule_like(self, like: Tensor) -> UpdateRule:
         """Return the rule with the dtype and device of a computation."""
@@ -291,13 +311,20 @@ def _take(
     updates, state = plan.rule(*inputs, **when, constants=plan.constants)
     _apply_updates(plan, updates, by_name)
     if log.is_read or plan.clock.follows or not log.measured:
+        lrs = [[by_name[segment.name].group["lr"] for segment in chunk.segments] for chunk in chunks]
         log.measured = [
-            measure_chunk(chunk, update, gradient, [by_name[segment.name].group["lr"] for segment in chunk.segments])
-            for chunk, update, gradient in zip(chunks, updates, gradients, strict=True)
+            measure_chunk(chunk, update.step, gradient, own)
+            for chunk, update, gradient, own in zip(chunks, updates, gradients, lrs, strict=True)
         ]
     overwrite_state(plan.state, state)
-    plan.clock.advance()
-    log.steps += 1
+
+
+def _take_between_looks(plan: _Plan, active: Sequence[ActiveParameter], log: StepLog) -> bool:
+    """Take a step at which nothing is looked at in few operations, and return whether that was possible."""
+    age = plan.clock.age
+    if plan.between_looks is None or plan.clock.follows or age is None:
+        return False
+    return plan.between_looks.take({each.name: each for each in active}, age, log)
 
 
 def _flatten(chunks: Sequence[Chunk], tensors: Mapping[str, Tensor], like: Tensor) -> tuple[Tensor, ...]:

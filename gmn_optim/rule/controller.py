@@ -145,7 +145,7 @@ class Controller(AbstractMatrixBody):
         fallen = self.concentration * (memories[:, 3].amin() - FREE_CONCENTRATION).clamp_min(0.0)
         if not self.annealing:
             return fallen
-        times = _ages(turned) * (_annealing_rate(matrices) / self.annealing)
+        times = _ages(turned) * (annealing_rate(matrices) / self.annealing)
         return fallen + (torch.log1p(times) if isinstance(times, Tensor) else math.log1p(times))
 
 
@@ -231,11 +231,22 @@ def _log(squares: Tensor) -> Tensor:
 
 def _cosines(ones: Sequence[Sequence[Tensor]], others: Sequence[Sequence[Tensor]]) -> Tensor:
     """Return the cosines of pairs of vectors in parts (n), 0 where either is zero."""
-    return inner_products(ones, others) / (lengths(ones) * lengths(others)).clamp_min(LEAST_SQUARE)
+    both = lengths(ones) * lengths(others)  # of which one may have vanished where the product has not
+    return torch.where(both > 0, inner_products(ones, others) / both.clamp_min(LEAST_SQUARE), 0.0)
 
 
-def _annealing_rate(matrices: Sequence[Matrix]) -> float:
-    """Return how fast the bound of the pace falls in a model, against the usual; of a table only one row acts."""
+def annealing_rate(matrices: Sequence[Matrix]) -> float:
+    """Return how fast the bound of the pace falls in a model, against the usual; of a table only one row acts.
+
+    Args:
+        matrices: All matrices of the model.
+
+    Example:
+        >>> from gmn_optim.rule.layout import Layout, Segment, build_chunks
+        >>> layers = [Segment("0.weight", (8, 100), "0", "weight"), Segment("1.weight", (3, 8), "1", "weight")]
+        >>> annealing_rate(Layout(tuple(build_chunks(layers, False))).matrices)
+        0.5
+    """
     low, high = INPUT_RANGE
     inputs = max((matrix.inputs for matrix in matrices if matrix.weight.role != "table"), default=USUAL_INPUTS)
     return min(max(inputs, low), high) / USUAL_INPUTS * USUAL_MATRICES / len(matrices)

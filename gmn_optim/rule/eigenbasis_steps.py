@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gmn_optim.constants import constant_tensor
+from gmn_optim.rule.basis import Basis
 from gmn_optim.rule.body import AbstractMatrixBody, MatrixChange
 from gmn_optim.rule.bounded_steps import root_mean_squares
 from gmn_optim.rule.coordinates import Coordinates
@@ -62,7 +63,8 @@ class EigenbasisSteps:
         """
         if not turned:
             return []
-        self._is_known = self.constants.once("is_known", lambda: self._knows(turned))
+        matrices, bases = zip(*((each.matrix, each.basis) for each in turned), strict=True)
+        self._is_known = self.constants.once("is_known", lambda: knows_weights(matrices, bases, self.least_size))
         changes = self._changes(turned, follow)
         learned = [number for number, each in enumerate(turned) if self._is_learned(each)]
         factors = self._guard([turned[n] for n in learned], [changes[n].gain for n in learned])
@@ -128,14 +130,29 @@ class EigenbasisSteps:
         shares = tuple((matrix.groups * matrix.rows * matrix.columns) ** -0.5 for matrix in matrices)
         return found * constant_tensor(shares, found.dtype, found.device)
 
-    def _knows(self, turned: Sequence[Coordinates]) -> Tensor:
-        """Return whether every matrix began with large enough weights, or with zeros ()."""
-        sizes = first_sizes([each.matrix for each in turned], [each.basis.size for each in turned])
-        return ((sizes >= self.least_size) | (sizes < LEAST_SIZE)).all()
-
     def _note(self, matrix: Matrix, guarded: Tensor) -> None:
         """Remember whether a matrix was guarded, for its weight and its bias."""
         self._guarded.update(dict.fromkeys(matrix.parts, guarded))
+
+
+def knows_weights(matrices: Sequence[Matrix], bases: Sequence[Basis], least_size: float) -> Tensor:
+    """Return whether every matrix of a model began with large enough weights, or with zeros ().
+
+    Args:
+        matrices: All matrices of the model.
+        bases: Of each, with the size of its weight before the first step.
+        least_size: Root mean square of the smallest weights, against those of torch's initialization.
+
+    Example:
+        >>> from gmn_optim.rule.basis import init_basis
+        >>> from gmn_optim.rule.layout import Segment, build_chunks
+        >>> layout = Layout(tuple(build_chunks([Segment("w", (2, 3), "0", "weight")], True)))
+        >>> basis = init_basis(layout.matrices[0], torch.zeros(()))._replace(size=torch.tensor(0.1))
+        >>> [knows_weights(layout.matrices, [basis], least).item() for least in (0.2, 0.5)]
+        [True, False]
+    """
+    sizes = first_sizes(matrices, [basis.size for basis in bases])
+    return ((sizes >= least_size) | (sizes < LEAST_SIZE)).all()
 
 
 def _changed_sizes(turned: Sequence[Coordinates], gains: Sequence[Tensor] | Tensor) -> Tensor:

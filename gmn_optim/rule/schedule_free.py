@@ -100,8 +100,8 @@ class KroneckerScheduleFreeTerm(KroneckerAdamTerm):
         steps, bases = super().directions(chunks, bases, around)
         sharpness, results = self.sharpness(), []
         if around.turns is not None:
-            turns, usual = around.turns, sharpness
-            sharpness = around.once("sharpness", lambda: torch.where(turns, usual, SMALL_SHARPNESS))
+            turns = around.turns
+            sharpness = around.once("sharpness", lambda: self.sharpness_of(turns))
         known: dict[tuple[int, bool], tuple[Tensor, Tensor, Tensor]] = {}
         for chunk, inputs, (step, (_, *seconds)) in zip(around.layout.chunks, chunks, steps, strict=True):
             key = chunk.clock, chunk.missed  # chunks of one clock have taken the same steps, with the same momentum
@@ -136,26 +136,46 @@ class KroneckerScheduleFreeTerm(KroneckerAdamTerm):
                 b._replace(size=torch.where((b.age == 0) & (b.size == 0), _weight_size(m, around), b.size))
                 for m, b in pairs
             )
-        sizes = [basis.size for basis in bases]
-        return bases, around._replace(turns=around.once("turns", lambda: ~are_small(first_sizes(matrices, sizes))))
+        return bases, around._replace(turns=around.once("turns", lambda: self.turns(matrices, bases)))
 
     def matrix_scales(self, turned: Sequence[Coordinates], around: Surroundings) -> Sequence[Tensor]:
         """Return what the steps of each matrix are multiplied by (), 1 at the reference, see the class."""
-        return [*around.once("scales", lambda: self._scales(turned, around))] if turned else []
-
-    def _scales(self, turned: Sequence[Coordinates], around: Surroundings) -> tuple[Tensor, ...]:
-        """Return the scales of all matrices."""
-        # of a table only the row that is read acts on an output
+        if not turned:
+            return []
         matrices, bases = zip(*((each.matrix, each.basis) for each in turned), strict=True)
+        return [*around.once("scales", lambda: self.scales(matrices, bases, around.turns))]
+
+    def turns(self, matrices: Sequence[Matrix], bases: Sequence[Basis]) -> Tensor:
+        """Return whether bases turn (), by the sizes that weights had before the first step.
+
+        Args:
+            matrices: All matrices of the model.
+            bases: Of each.
+        """
+        return ~are_small(first_sizes(matrices, [basis.size for basis in bases]))
+
+    def sharpness_of(self, turns: Tensor) -> Tensor:
+        """Return the sharpness of the average in a model whose bases turn, or do not ()."""
+        return torch.where(turns, self.sharpness(), SMALL_SHARPNESS)
+
+    def scales(self, matrices: Sequence[Matrix], bases: Sequence[Basis], turns: Tensor) -> tuple[Tensor, ...]:
+        """Return what the steps of each matrix of a model are multiplied by (), see the class.
+
+        Args:
+            matrices: All matrices of the model.
+            bases: Of each.
+            turns: Whether they turn ().
+        """
+        # of a table only the row that is read acts on an output
         inputs = tuple(1 if matrix.weight.role == "table" else matrix.inputs for matrix in matrices)
         sizes = relative_sizes(torch.stack([basis.size for basis in bases]), inputs)
         logs = _log_widths(inputs, sizes.dtype, sizes.device)
         sizes = torch.where(sizes < LEAST_SIZE, torch.ones_like(sizes), sizes).clamp(*SIZES).log()
-        depth = math.log(len(around.layout.matrices) / REFERENCE_DEPTH)
+        depth = math.log(len(matrices) / REFERENCE_DEPTH)
         widths = logs * self.width_power
         exponents = widths + depth * self.depth_power + sizes * self.size_power
         of_small = SMALL_STEP * torch.exp(SPEED * widths).clamp_max(1.0)
-        return torch.where(around.turns, torch.exp(SPEED * exponents), of_small).unbind()
+        return torch.where(turns, torch.exp(SPEED * exponents), of_small).unbind()
 
     def _normalize(self, gradient: Tensor, second: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``g / (sqrt(v) + epsilon)`` and the new v, corrected for its start at zero."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gmn_optim.rule.basis import init_basis
-from gmn_optim.rule.controller import LEAST_BOUND, LEAST_PACE, RATE, Controller, _annealing_rate
+from gmn_optim.rule.controller import LEAST_BOUND, LEAST_PACE, RATE, Controller, annealing_rate
 from gmn_optim.rule.coordinates import Coordinates, TurnedRows
 from gmn_optim.rule.eigenbasis_steps import EigenbasisSteps
 from gmn_optim.rule.layout import Layout, Segment, build_chunks
@@ -189,12 +189,12 @@ def test_the_largest_pace_falls_less_while_gradients_agree_with_the_steps(cosine
 def test_the_largest_pace_falls_sooner_with_many_inputs_and_later_in_deep_models(widths: tuple, rate: float) -> None:
     shapes = list(zip(widths[1:], widths[:-1], strict=True))
     layers = [Segment(f"{n}.weight", shape, str(n), "weight") for n, shape in enumerate(shapes)]
-    assert _annealing_rate(Layout(tuple(build_chunks(layers, True))).matrices) == rate
+    assert annealing_rate(Layout(tuple(build_chunks(layers, True))).matrices) == rate
 
 
 def test_a_table_is_not_wide() -> None:
     table = Segment("0.weight", (5, 600), "0", "table")
-    assert _annealing_rate(Layout(tuple(build_chunks([table], True))).matrices) == 2.0
+    assert annealing_rate(Layout(tuple(build_chunks([table], True))).matrices) == 2.0
 
 
 @pytest.mark.parametrize("follow", [True, False])

@@ -1,0 +1,123 @@
+"""How far a step between two looks goes: what the rule makes of lengths and cosines, in numbers of the host.
+
+The same arithmetic stands in :mod:`gmn_optim.rule` for tensors, which trainings side by side and devices need; tests
+hold the two together.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from gmn_optim.rule.bounded_steps import LARGEST_SIZE
+from gmn_optim.rule.controller import (
+    ALIGNMENT_WEIGHT,
+    COSINE_SCALE,
+    FREE_CONCENTRATION,
+    LEAST_BOUND,
+    Controller,
+    annealing_rate,
+)
+from gmn_optim.rule.features import TINY
+from gmn_optim.rule.matrices import Matrix
+from gmn_optim.rule.schedule_free import LEAST_SHARE
+
+
+class Lengths(NamedTuple):
+    """What is measured of a matrix before its step.
+
+    Attributes:
+        step: Length of the step that preconditioners make.
+        gradient: Length of the gradient.
+        average: Length of the nominal term's average.
+        parameters: Length of the parameters.
+        product: Inner product of gradient and average.
+
+    Example:
+        >>> Lengths(1.0, 2.0, 0.5, 3.0, -1.0).cosine
+        -1.0
+    """
+
+    step: float
+    gradient: float
+    average: float
+    parameters: float
+    product: float
+
+    @property
+    def is_ordinary(self) -> bool:
+        """Return whether all is finite, and far from where squares of float32 vanish; zero is ordinary."""
+        vanish = (0.0 < length < TINY for length in (self.gradient, self.average))
+        return all(map(math.isfinite, self)) and not any(vanish)
+
+    @property
+    def cosine(self) -> float:
+        """Return the cosine of gradient and average, 0 where either is zero."""
+        lengths = self.gradient * self.average
+        return self.product / lengths if lengths else 0.0
+
+
+class AveragingWeights(NamedTuple):
+    """What average e and step u weigh in the step of the parameters, and what is kept of ``e + u``.
+
+    Reference:
+        :class:`gmn_optim.rule.schedule_free.KroneckerScheduleFreeTerm`.
+
+    Example:
+        >>> AveragingWeights.at(1.0, beta=0.8, sharpness=10.0)
+        AveragingWeights(of_average=0.8, of_step=1.0, kept=0.0)
+    """
+
+    of_average: float
+    of_step: float
+    kept: float
+
+    @classmethod
+    def at(cls, step: float, beta: float, sharpness: float) -> "AveragingWeights":
+        """Return the weights at a step, 1 at the first."""
+        share = max(sharpness / (step + sharpness - 1), LEAST_SHARE)
+        return cls(share * beta, share * beta + (1 - beta), 1 - share)
+
+
+def follow_cosine(cosine: float, lengths: Lengths, age: int) -> float:
+    """Return the moving average of the cosine after the ``age``-th step.
+
+    Example:
+        >>> follow_cosine(0.0, Lengths(1.0, 2.0, 0.5, 3.0, -1.0), age=100)
+        -0.2
+    """
+    weight = max(1 / max(age - 1, 1), ALIGNMENT_WEIGHT)
+    followed = cosine + weight * (lengths.cosine - cosine)
+    return followed if math.isfinite(followed) else 0.0
+
+
+def held_gains(
+    body: Controller, memories: Sequence[Sequence[float]], age: int, matrices: Sequence[Matrix]
+) -> list[float]:
+    """Return the gains that a controller holds between two looks.
+
+    Args:
+        body: The controller.
+        memories: Of the matrices that it serves, see its class; with the cosines of this step.
+        age: Which step of the bases this is.
+        matrices: All matrices of the model.
+    """
+    if not memories:
+        return []
+    bound = math.inf
+    if body.annealing or body.concentration:
+        agreement = COSINE_SCALE * sum(memory[1] for memory in memories) / len(memories)
+        fallen = body.concentration * max(min(memory[3] for memory in memories) - FREE_CONCENTRATION, 0.0)
+        if body.annealing:
+            fallen += math.log1p(age * annealing_rate(matrices) / body.annealing)
+        bound = max(body.largest_pace - fallen * (1 - min(max(agreement, 0.0), 1.0)), LEAST_BOUND)
+    return [math.expm1(body.share * min(memory[0], bound)) for memory in memories]
+
+
+def bound_of(size: float) -> float:
+    """Return what a step of this root mean square is multiplied by, so that it is no larger than allowed.
+
+    Example:
+        >>> bound_of(3.0), bound_of(0.1)
+        (0.5, 1.0)
+    """
+    return LARGEST_SIZE / max(size, LARGEST_SIZE)
