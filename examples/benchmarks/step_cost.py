@@ -2,9 +2,10 @@
 
     python examples/benchmarks/step_cost.py
 
-Each model is trained on random data with both optimizers in turn, so that a drift of the machine meets both. The ratio
-is the median over rounds of whole steps: forward pass, backward pass, ``step()``. Memory is what the optimizer keeps
-between backward pass and step (captured factors), its state, and the meta-model's weights, in copies of the parameters.
+Each model is trained on random data with both optimizers in turn, so that a drift of the machine meets both. Ratios
+are medians over rounds of whole steps: forward pass, backward pass, ``step()``; of the first steps, each of which looks
+at the factors, and of steps between two looks. Memory is what the optimizer keeps between backward pass and step
+(captured factors), its state, and the meta-model's weights, in copies of the parameters.
 """
 
 import argparse
@@ -145,27 +146,41 @@ class Training:
         return [kept.factors / size, kept.state / size, kept.meta_model / size]
 
 
+FIRST, BETWEEN = 2, 30
+"""Steps before the measured first ones, and before those that are between two looks, of which there are four."""
+
+
 def measure(name: str, case: Case, rounds: int, weights: str) -> tuple[str, ...]:
     """Return a row of the table."""
     adam = Training(case, lambda model: torch.optim.Adam(model.parameters(), 1e-4))
     ours = Training(case, lambda model: GMNOptimizer(model, weights=weights, lr=0.1))
-    batch = case.batch()
-    for training in (adam, ours):
-        training.step(batch)
-        training.step(batch)
-    times = [(adam.step(batch), ours.step(batch)) for _ in tqdm(range(rounds), desc=name, leave=False)]
-    ratios = [mine / theirs for theirs, mine in times]
+    batch, rounds = case.batch(), min(rounds, 8)
+    with tqdm(total=BETWEEN + min(rounds, 4), desc=name, leave=False) as bar:
+
+        def steps(count: int) -> list[tuple[float, float]]:
+            bar.update(count)
+            return [(adam.step(batch), ours.step(batch)) for _ in range(count)]
+
+        steps(FIRST)
+        first = steps(rounds)
+        kept = [f"{copies:.2f}" for copies in ours.copies_kept(batch)]
+        steps(BETWEEN - FIRST - rounds)
+        between = steps(min(rounds, 4))
     count = sum(parameter.numel() for parameter in adam.model.parameters())
-    of_adam, of_ours = (1e3 * statistics.median(each) for each in zip(*times, strict=True))
-    ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-    kept = [f"{copies:.2f}" for copies in ours.copies_kept(batch)]
-    return (name, f"{count:,}", f"{of_adam:.1f} ms", f"{of_ours:.1f} ms", ratio, *kept)
+    of_adam, of_ours = (1e3 * statistics.median(each) for each in zip(*first, strict=True))
+    return (name, f"{count:,}", f"{of_adam:.1f} ms", f"{of_ours:.1f} ms", spread(first), spread(between), *kept)
+
+
+def spread(times: Sequence[tuple[float, float]]) -> str:
+    """Return the median ratio of pairs of times, and its range."""
+    ratios = [mine / theirs for theirs, mine in times]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=8, help="of the first steps, 8 at most")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--weights", default="default")
     parser.add_argument("--gpt2", action="store_true", help="a model of the size of GPT-2 small too: needs 12 GB")
@@ -173,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     cases = SMALL if options.smoke else {**CASES, **(GPT2_SMALL if options.gpt2 else {})}
-    header = ("model", "parameters", "Adam", "GMNOptimizer", "ratio", "factors", "state", "meta-model")
+    header = ("model", "parameters", "Adam", "GMNOptimizer", "ratio", "between looks", "factors", "state", "meta-model")
     rows = [measure(name, case, options.rounds, options.weights) for name, case in cases.items()]
     print(format_table([header, *rows]))
 

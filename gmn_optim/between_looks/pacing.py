@@ -19,6 +19,7 @@ from gmn_optim.rule.controller import (
 )
 from gmn_optim.rule.features import TINY
 from gmn_optim.rule.matrices import Matrix
+from gmn_optim.rule.scalars import SPEED
 from gmn_optim.rule.schedule_free import LEAST_SHARE
 
 
@@ -103,14 +104,14 @@ def held_gains(
     """
     if not memories:
         return []
-    bound = math.inf
+    bound, first_pace = body.largest_pace, SPEED * body.first_pace.item()
     if body.annealing or body.concentration:
         agreement = COSINE_SCALE * sum(memory[1] for memory in memories) / len(memories)
         fallen = body.concentration * max(min(memory[3] for memory in memories) - FREE_CONCENTRATION, 0.0)
         if body.annealing:
             fallen += math.log1p(age * annealing_rate(matrices) / body.annealing)
-        bound = max(body.largest_pace - fallen * (1 - min(max(agreement, 0.0), 1.0)), LEAST_BOUND)
-    return [math.expm1(body.share * min(memory[0], bound)) for memory in memories]
+        bound = max(bound - fallen * (1 - min(max(agreement, 0.0), 1.0)), LEAST_BOUND)
+    return [math.expm1(body.share * min(first_pace + memory[0], bound)) for memory in memories]
 
 
 def bound_of(size: float) -> float:

@@ -14,6 +14,7 @@ from gmn_optim.rule.features import inner_products, lengths, root
 from gmn_optim.rule.look_schedule import choose
 from gmn_optim.rule.matrices import Matrix
 from gmn_optim.rule.nominal import LEAST_SQUARE
+from gmn_optim.rule.scalars import SPEED
 
 CHANNELS = 13
 
@@ -59,7 +60,8 @@ class Controller(AbstractMatrixBody):
     logarithm of the share of rows that gradients are made of, ``(sum n)^2 / (r sum n^2)`` of the norms n of r rows. At
     a look that stands for m steps, ``r <- r + 0.1 m tanh(f)``, where f is a linear function plus a small MLP of these,
     their means over the model, and sizes. All of it stays as it is when hidden bases are rotated, and under any order
-    of data points. A single row shows no noise, and leaves the pace as it is. Before any meta-training f is zero.
+    of data points. A single row shows no noise, and leaves the pace as it is. Steps are taken at the pace ``r0 + r``,
+    with a learned r0. Before any meta-training f and r0 are zero.
 
     With annealing over T steps, steps are at most those of the pace ``b - log(1 + t / T')`` at step t, b being the
     largest pace and ``T' = T (n / 2) (200 / i)`` in a model of n matrices with i inputs at most: where inputs are many,
@@ -83,7 +85,7 @@ class Controller(AbstractMatrixBody):
     Example:
         >>> body = Controller(width=8, gradmetanet=None, data_points=32)
         >>> sum(parameter.numel() for parameter in body.parameters()), bool(body.output.weight.any())
-        (134, False)
+        (135, False)
     """
 
     memory_per_matrix = 4
@@ -97,6 +99,7 @@ class Controller(AbstractMatrixBody):
         self.output = nn.Linear(width, 1, bias=False)
         for parameter in (*self.linear.parameters(), *self.output.parameters()):
             nn.init.zeros_(parameter)
+        self.first_pace = nn.Parameter(torch.zeros(()))
 
     def set_up(self, setpoint: float, largest_pace: float, annealing: float = 0.0, concentration: float = 0.0) -> None:
         """Bound the pace and, with a setpoint, hold the mean cosine at minus that: faster above it, slower below.
@@ -132,7 +135,7 @@ class Controller(AbstractMatrixBody):
         self, memories: Tensor, turned: Sequence[Coordinates], matrices: Sequence[Matrix]
     ) -> list[MatrixChange]:
         """Return what memories (n, 4) make of these among all matrices."""
-        pace = memories[:, 0]
+        pace = (SPEED * self.first_pace + memories[:, 0]).clamp_max(self.largest_pace)
         if self.annealing or self.concentration:
             agreement = (COSINE_SCALE * memories[:, 1].mean()).clamp(0.0, 1.0)
             fallen = self._fallen(memories, turned, matrices) * (1 - agreement)

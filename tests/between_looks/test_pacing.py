@@ -31,8 +31,10 @@ def held(memory: torch.Tensor, age: int, body: Controller) -> list[torch.Tensor]
     "setting", [(0.4, 80.0, 0.3), (0.4, 0.0, 0.3), (0.4, 80.0, 0.0), (0.8, 0.0, 0.0)], ids=lambda each: f"{each}"
 )
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.0])
-def test_gains_are_those_of_the_controller(age: int, setting: tuple[float, ...], share: float) -> None:
+@pytest.mark.parametrize("first", [0.0, 0.03, -0.02])
+def test_gains_are_those_of_the_controller(age: int, setting: tuple[float, ...], share: float, first: float) -> None:
     body = Controller(4, None, 0, share=share).double()
+    body.first_pace.data.fill_(first)
     body.set_up(0.012, *setting)
     generator = torch.Generator().manual_seed(age)
     for _ in range(10):

@@ -78,6 +78,16 @@ def test_a_look_changes_the_pace_by_its_steps_and_no_more(gap: float) -> None:
     assert gain.item() == pytest.approx(math.expm1(RATE * gap))
 
 
+@pytest.mark.parametrize(("first", "pace"), [(0.0, 0.0), (0.02, 0.2), (-0.03, -0.3), (0.1, 0.8)])
+@pytest.mark.parametrize("looks", [True, False])
+def test_a_training_begins_at_the_learned_pace_up_to_the_largest(first: float, pace: float, looks: bool) -> None:
+    body, each = make_body(), see(1, torch.zeros(4).double())
+    body.first_pace.fill_(first)
+    gain, memory = look(body, each) if looks else body.hold([each], MODEL)[0]
+    assert gain.item() == pytest.approx(math.expm1(pace))
+    assert memory[0] == 0  # what is remembered is the change
+
+
 def test_a_single_row_changes_no_more_than_the_cosine() -> None:
     body, memory = make_body(bias=1.0), torch.tensor([0.3, 0.1, 0.2, 0.4]).double()
     each = see(4, memory)
