@@ -32,15 +32,16 @@ class NominalSteps:
 
     Args:
         term: The nominal term.
+        turns: Whether bases turn ().
 
     Example:
-        >>> round(NominalSteps(KroneckerScheduleFreeTerm()).beta2, 6)
+        >>> round(NominalSteps(KroneckerScheduleFreeTerm(), torch.tensor(True)).beta2, 6)
         0.995
     """
 
-    def __init__(self, term: KroneckerScheduleFreeTerm) -> None:
-        scalars = term.beta2, term.epsilon, term.damping
-        self.beta2, self.epsilon, self.damping = (scalar().item() for scalar in scalars)
+    def __init__(self, term: KroneckerScheduleFreeTerm, turns: Tensor) -> None:
+        names = "beta", "beta2", "epsilon", "damping"
+        self.beta, self.beta2, self.epsilon, self.damping = (term.scalar(name, turns).item() for name in names)
 
     def of_matrix(self, each: HeldMatrix, active: ActiveByName, step_number: float) -> NominalStep:
         """Return the step of a matrix: preconditioners make it, or Adam in the bases.

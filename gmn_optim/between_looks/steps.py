@@ -33,11 +33,13 @@ class _Constants(NamedTuple):
     """What stays through a training, from the sizes that weights had before the first step.
 
     Attributes:
+        nominal: Makes nominal steps.
         sharpness: Of the average.
         scales: What steps of each matrix are multiplied by.
         is_known: Whether the learned term knows weights of these sizes.
     """
 
+    nominal: NominalSteps
     sharpness: float
     scales: tuple[float, ...]
     is_known: bool
@@ -103,7 +105,7 @@ class StepsBetweenLooks:
     def __init__(self, rule: UpdateRule, layout: Layout, state: RuleState, guarded: Sequence[Tensor | None]) -> None:
         self._rule, self._layout, self._state, self._guarded = rule, layout, state, guarded
         term, self._body = rule.nominal, None if rule.config.body is None else rule.body
-        self._alpha, self._beta, self._nominal = rule.alpha().item(), term.beta().item(), NominalSteps(term)
+        self._alpha = rule.alpha().item()
         have = [term.has_preconditioners(matrix) and not matrix.weight.missed for matrix in layout.matrices]
         self._matrices, self._vectors = hold_matrices(layout, state, have), hold_vectors(layout, state)
         self._served = [number for number, each in enumerate(self._matrices) if self._is_served(each)]
@@ -130,9 +132,10 @@ class StepsBetweenLooks:
         """What stays, which is known from the first step on."""
         matrices, bases, term = self._layout.matrices, self._state.bases, self._rule.nominal
         turns = term.turns(matrices, bases)
+        nominal = NominalSteps(term, turns)
         scales = torch.stack(term.scales(matrices, bases, turns)).tolist()
         is_known = self._body is None or bool(knows_weights(matrices, bases, self._rule.config.least_size))
-        return _Constants(term.sharpness_of(turns).item(), tuple(scales), is_known)
+        return _Constants(nominal, term.sharpness_of(turns).item(), tuple(scales), is_known)
 
     def take(self, active: ActiveByName, age: int, log: StepLog) -> bool:
         """Take a step and return True; or change nothing and return False, if the rule itself is to take it.
@@ -148,13 +151,14 @@ class StepsBetweenLooks:
         if not all(_is_plain(each, self._state.step.dtype) for each in active.values()):
             return False
         step_number = self._state.chunks[0].step.item() + 1
-        steps = [self._nominal.of_matrix(each, active, step_number) for each in self._matrices]
+        nominal = self._constants.nominal
+        steps = [nominal.of_matrix(each, active, step_number) for each in self._matrices]
         lengths = measure(self._matrices, [each.gradients for each in steps], [each.step for each in steps], active)
         if not all(each.is_ordinary for each in lengths):
             return False
         memories = self._memories(lengths, age)
         factors, guarded = self._factors(lengths, memories, age)
-        vectors = self._nominal.of_vectors(self._vectors, active, step_number)
+        vectors = nominal.of_vectors(self._vectors, active, step_number)
         moves = self._moves(active, steps, vectors, factors, step_number)
         if not all(move.fits(self._state.step.dtype) for move in moves):
             return False
@@ -227,7 +231,7 @@ class StepsBetweenLooks:
 
     def _weights(self, momentum: float | Tensor | None, step_number: float) -> dict[bool, AveragingWeights]:
         """Return what averages weigh where factors explain the gradient, and where they miss it."""
-        usual = self._beta if momentum is None else float(momentum)
+        usual = self._constants.nominal.beta if momentum is None else float(momentum)
         of_missed = max(usual, MISSED_BETA) if momentum is None else usual
         pairs = (False, usual), (True, of_missed)
         return {missed: AveragingWeights.at(step_number, beta, self._constants.sharpness) for missed, beta in pairs}

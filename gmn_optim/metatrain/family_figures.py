@@ -168,7 +168,8 @@ def speed(curve: Curve, reference: Curve, every: int) -> float:
     start, end = min(curve[0], reference[0]), max(lowest(curve), lowest(reference))
     if not (0 < end < start < math.inf):
         return step_reduction(curve, reference, every)
-    targets = [start * (end / start) ** share for share in LEVELS]
+    # the lowest of them must not be rounded below what is reached
+    targets = [max(start * (end / start) ** share, end) for share in LEVELS]
     return _geometric_mean(max(crossing(reference, t), 1.0) / max(crossing(curve, t), 1.0) for t in targets)
 
 

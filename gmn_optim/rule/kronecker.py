@@ -100,8 +100,8 @@ class KroneckerAdamTerm(FollowedBases, AdamTerm):
         self, chunks: Sequence[ChunkInputs], bases: tuple[Basis, ...], around: Surroundings
     ) -> tuple[list[tuple[Tensor, Buffers]], tuple[Basis, ...]]:
         """Return Adam's directions and buffers, those of matrices in their bases, and the new bases."""
-        matrices, corrections = around.layout.matrices, self._corrections(chunks)
-        faster = self._corrections(chunks, MISSED_DECAY) if any(m.weight.missed for m in matrices) else []
+        matrices, corrections = around.layout.matrices, self._corrections(chunks, around)
+        faster = self._corrections(chunks, around, MISSED_DECAY) if any(m.weight.missed for m in matrices) else []
         pieces = MatrixPieces.cut(around.layout, chunks, [self.new_average(chunk) for chunk in chunks])
         self._step_vectors(around.layout, pieces, corrections)
         looks = self.looks([basis.age for basis in bases], around.age) if around.follow else [NO_LOOK] * len(matrices)
@@ -111,16 +111,16 @@ class KroneckerAdamTerm(FollowedBases, AdamTerm):
             seen.append(see(matrix, old, look, faster if matrix.weight.missed else corrections, pieces, around))
         turned = bounded(seen)
         if pieces.of_body:
-            turned = [self._turned(each, pieces, corrections) for each in turned]
+            turned = [self._turned(each, pieces, corrections, around) for each in turned]
         changed = self._changed(turned, pieces, around)
         for each, (step, factor, *_), scale in zip(turned, changed, self.matrix_scales(turned, around), strict=True):
             pieces.directions.put(each.matrix, each.turned_back(step), _product(each.bound, factor, scale))
         pairs = zip(turned, changed, strict=True)
         return pieces.joined(), tuple(each.basis._replace(memory=new.memory) for each, new in pairs)
 
-    def _corrections(self, chunks: Sequence[ChunkInputs], most: float = 1.0) -> ChunkCorrections:
+    def _corrections(self, chunks: Sequence[ChunkInputs], around: Surroundings, most: float = 1.0) -> ChunkCorrections:
         """Return those of each chunk, the decay of the second moment being so much at most."""
-        return ChunkCorrections(self, chunks, most, self.averages_gradients)
+        return ChunkCorrections(self, chunks, most, self.averages_gradients, around.turns)
 
     def new_average(self, inputs: ChunkInputs) -> Tensor:
         """Return the first buffer of a chunk after its average has followed the gradient."""
@@ -175,13 +175,16 @@ class KroneckerAdamTerm(FollowedBases, AdamTerm):
         gradient = pieces.gradients.of(matrix)
         basis = self.turn_basis(matrix, old, look, gradient, pieces, around)
         if around.follow:
-            basis = self._follow_squares(matrix, basis, look, gradient, pieces, of_chunks)
+            damping = root(self.scalar("damping", around.turns))
+            basis = self._follow_squares(matrix, basis, look, gradient, pieces, of_chunks, damping)
         step = preconditioned(basis, gradient)
         noise, rows = self._see_noise(matrix, basis, look, pieces, of_chunks, around)
         unturned = gradient, step, None, None, noise, rows, None, *_own_parts(matrix, pieces, around), look, False
         return Coordinates(matrix, basis, *unturned, age=around.age)
 
-    def _turned(self, own: Coordinates, pieces: MatrixPieces, of_chunks: ChunkCorrections) -> Coordinates:
+    def _turned(
+        self, own: Coordinates, pieces: MatrixPieces, of_chunks: ChunkCorrections, around: Surroundings
+    ) -> Coordinates:
         """Return the same for a body that reads coordinates in the bases."""
         if own.is_turned:
             return own
@@ -191,16 +194,16 @@ class KroneckerAdamTerm(FollowedBases, AdamTerm):
             gradient=into(own.basis, own.gradient),
             step=into(own.basis, step),
             squares=squares,
-            floor=self._floor(squares, corrections),
+            floor=self._floor(squares, corrections, around),
             gain=pieces.of_body[1].of(own.matrix),
             own_step=step,
             bound=None,
             is_turned=True,
         )
 
-    def _floor(self, squares: Tensor, corrections: Corrections) -> Tensor:
+    def _floor(self, squares: Tensor, corrections: Corrections, around: Surroundings) -> Tensor:
         """Return what is added to roots of squares ()."""
-        return corrections.epsilon + self.damping() * squares.mean().sqrt()
+        return corrections.epsilon + self.scalar("damping", around.turns) * squares.mean().sqrt()
 
     def _follow_squares(
         self,
@@ -210,6 +213,7 @@ class KroneckerAdamTerm(FollowedBases, AdamTerm):
         gradient: Tensor,
         pieces: MatrixPieces,
         of_chunks: ChunkCorrections,
+        damping: Tensor,
     ) -> Basis:
         """Return the basis with the preconditioners of this look, and put the new second moments in their places."""
         corrections = of_chunks[matrix.place.chunk]
@@ -217,7 +221,7 @@ class KroneckerAdamTerm(FollowedBases, AdamTerm):
         second = torch.lerp(into(basis, gradient).square(), pieces.seconds.of(matrix), decay)
         pieces.seconds.put(matrix, second)
         roots, correction = second.clamp_min(LEAST_SQUARE).sqrt(), corrections.second.sqrt()
-        new = with_preconditioners(basis, roots, root(self.damping()), corrections.epsilon, correction)
+        new = with_preconditioners(basis, roots, damping, corrections.epsilon, correction)
         pairs = zip(new, basis, strict=True)
         return Basis(*(fresh if fresh is kept else choose(look.follows, fresh, kept) for fresh, kept in pairs))
 
@@ -237,7 +241,7 @@ class KroneckerAdamTerm(FollowedBases, AdamTerm):
         second = torch.lerp(turned.square(), pieces.seconds.of(matrix), corrections.beta2)
         pieces.seconds.put(matrix, second)
         squares = (second / corrections.second).clamp_min(LEAST_SQUARE)
-        floor = self._floor(squares, corrections)
+        floor = self._floor(squares, corrections, around)
         numerator = turned
         if self.averages_gradients:
             numerator = into(basis, pieces.averages.of(matrix)) / corrections.first

@@ -28,6 +28,7 @@ class ChunkCorrections:
         chunks: The chunks.
         most: The largest decay of the second moment.
         averages: Whether the direction is made of an average of gradients.
+        turns: Whether bases turn (), None if so.
 
     Example:
         >>> chunk = ChunkInputs(torch.zeros(2), (), torch.ones(()))
@@ -35,8 +36,15 @@ class ChunkCorrections:
         0.001
     """
 
-    def __init__(self, term: AdamTerm, chunks: Sequence[ChunkInputs], most: float = 1.0, averages: bool = True) -> None:
-        self._term, self._chunks, self._most, self._averages = term, chunks, most, averages
+    def __init__(
+        self,
+        term: AdamTerm,
+        chunks: Sequence[ChunkInputs],
+        most: float = 1.0,
+        averages: bool = True,
+        turns: Tensor | None = None,
+    ) -> None:
+        self._term, self._chunks, self._most, self._averages, self._turns = term, chunks, most, averages, turns
         self._found: dict[int, Corrections] = {}
 
     def __getitem__(self, number: int) -> Corrections:
@@ -48,10 +56,10 @@ class ChunkCorrections:
     def _work_out(self, inputs: ChunkInputs) -> Corrections:
         """Return those of a chunk."""
         term, first = self._term, torch.ones_like(inputs.step)
-        beta2 = term.beta2().clamp_max(self._most)
+        beta2 = term.scalar("beta2", self._turns).clamp_max(self._most)
         if self._averages:
             first = 1 - torch.pow(term.beta1() if inputs.momentum is None else inputs.momentum, inputs.step)
-        return Corrections(beta2, term.epsilon(), first, 1 - torch.pow(beta2, inputs.step))
+        return Corrections(beta2, term.scalar("epsilon", self._turns), first, 1 - torch.pow(beta2, inputs.step))
 
 
 class MatrixPieces(NamedTuple):

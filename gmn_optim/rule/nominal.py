@@ -133,6 +133,10 @@ class AbstractNominalTerm(nn.Module, ABC):
         """Return the bases before the first step; elementwise terms have none."""
         return ()
 
+    def scalar(self, name: str, turns: Tensor | None) -> Tensor:
+        """Return a meta-learned scalar by name (), for a model whose bases turn or, as ``turns`` () says, do not."""
+        return getattr(self, name)()
+
     def is_due(self, age: int | Tensor) -> bool | Tensor:
         """Return whether a basis is made anew at the step that is its ``age``-th, 1 at the first."""
         return False

@@ -53,10 +53,12 @@ class FixedScalar(nn.Module):
 
     Args:
         value: The scalar ().
+        initial: What it was before any meta-training.
     """
 
-    def __init__(self, value: Tensor) -> None:
+    def __init__(self, value: Tensor, initial: float) -> None:
         super().__init__()
+        self.initial = initial
         self.register_buffer("value", value)
 
     def forward(self) -> Tensor:
@@ -79,5 +81,5 @@ def fix_scalars(module: Rule) -> Rule:
     for parent in [*module.modules()]:
         for name, child in parent.named_children():
             if isinstance(child, (LogScalar, Decay)):
-                setattr(parent, name, FixedScalar(child().detach()))
+                setattr(parent, name, FixedScalar(child().detach(), child.initial))
     return module

@@ -54,7 +54,8 @@ class KroneckerScheduleFreeTerm(KroneckerAdamTerm):
     The steps of a matrix shrink with the root of its inputs and of the number of matrices, since more small steps add
     up at an output of a wide layer and of a deep model. They follow the size of its weights before the first step (root
     mean square, against the ``1 / sqrt(3 inputs)`` of torch's initialization). Networks most of whose weights are small
-    by design, such as SIREN, keep the axes for bases and take other steps, see :mod:`gmn_optim.rule.small_weights`.
+    by design, such as SIREN, keep the axes for bases and take other steps, see :mod:`gmn_optim.rule.small_weights`; no
+    meta-training sees such a network, and what it makes of memories and damping is not for them.
 
     Reference:
         Defazio et al. (2024), "The road less scheduled", arXiv 2405.15682, equations 3 to 5; George et al. (2018),
@@ -106,16 +107,22 @@ class KroneckerScheduleFreeTerm(KroneckerAdamTerm):
         for chunk, inputs, (step, (_, *seconds)) in zip(around.layout.chunks, chunks, steps, strict=True):
             key = chunk.clock, chunk.missed  # chunks of one clock have taken the same steps, with the same momentum
             if key not in known:
-                known[key] = _weights(inputs.step, self._beta_of(chunk, inputs), sharpness)
+                known[key] = _weights(inputs.step, self._beta_of(chunk, inputs, around), sharpness)
             direction, average = _average(step, inputs.buffers[0], known[key])
             results.append((direction, (average, *seconds)))
         return results, bases
 
-    def _beta_of(self, chunk: Chunk, inputs: ChunkInputs) -> Tensor:
+    def _beta_of(self, chunk: Chunk, inputs: ChunkInputs, around: Surroundings) -> Tensor:
         """Return the share of the average in the parameters of a chunk ()."""
         if inputs.momentum is not None:
             return inputs.momentum
-        return self.beta().clamp_min(MISSED_BETA) if chunk.missed else self.beta()
+        beta = self.scalar("beta", around.turns)
+        return beta.clamp_min(MISSED_BETA) if chunk.missed else beta
+
+    def scalar(self, name: str, turns: Tensor | None) -> Tensor:
+        """Return a scalar by name (), as it was before any meta-training where bases do not turn, see the class."""
+        learned = getattr(self, name)
+        return learned() if turns is None else torch.where(turns, learned(), learned.initial)
 
     def has_preconditioners(self, matrix: Matrix) -> bool:
         """Return whether it is a layer's weight; of a table few rows have a gradient."""

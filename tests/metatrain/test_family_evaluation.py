@@ -61,6 +61,12 @@ def test_speed_counts_as_far_as_both_get():
     assert speed(reference[:21], reference, every=10) == pytest.approx(1.0)
 
 
+def test_the_last_level_is_reached_by_the_curve_that_ends_there():
+    start, end = 2.0200601805416247, 0.31974333662388943
+    assert start * (end / start) ** 1.0 < end  # rounded
+    assert 0.9 < speed([start, 1.0, end], [start, 1.0, end - 0.1], every=10) < 1.0
+
+
 def test_a_lucky_point_changes_speed_less_than_the_step_reduction():
     smooth = [8.0, 4.0, 2.0, 1.5, 1.3, 1.2, 1.1, 1.0]
     lucky = [8.0, 4.0, 2.0, 1.0, 1.3, 1.2, 1.1, 1.1]

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from gmn_optim import GMNOptimizer
+from gmn_optim.rule import RuleConfig, UpdateRule
 from gmn_optim.rule.small_weights import are_small, relative_sizes
 from gmn_optim.tasks.image_fit import build_siren, siren_gain
 
@@ -103,3 +104,26 @@ def test_tables_tell_nothing() -> None:
     model(torch.arange(20)).square().mean().backward()
     optimizer.step()
     assert not any("the axes" in row.because for row in optimizer.summary().rows)
+
+
+def test_meta_training_does_not_reach_memories_and_damping_of_a_small_network() -> None:
+    rules = [UpdateRule(RuleConfig(nominal="kronecker_schedule_free", body=None)) for _ in range(2)]
+    with torch.no_grad():
+        for name in ("beta", "beta2", "damping"):
+            getattr(rules[1].nominal, name).raw.fill_(0.1)
+    ends = {}
+    for make in (
+        lambda: make_siren(2, 16, 16, 1),
+        lambda: nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 1)),
+    ):
+        for rule in rules:
+            torch.manual_seed(0)
+            model = make().double()
+            optimizer, inputs = GMNOptimizer(model, weights=rule), torch.rand(32, 2).double()
+            for _ in range(14):
+                optimizer.zero_grad()
+                (model(inputs) - inputs.prod(-1, keepdim=True)).square().mean().backward()
+                optimizer.step()
+            ends.setdefault(make, []).append([parameter.detach() for parameter in model.parameters()])
+    same = [all(map(torch.allclose, *pair)) for pair in ends.values()]
+    assert same == [True, False]
