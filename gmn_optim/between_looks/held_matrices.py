@@ -69,15 +69,6 @@ class HeldMatrix(NamedTuple):
     learned: bool
     has_preconditioners: bool
 
-    def joined(self, parts: Sequence[Tensor]) -> Tensor:
-        """Return the flat parts of weight and bias as one (groups, o, i), the bias as the last column."""
-        shaped = [part.view(self.matrix.groups, self.matrix.rows, -1) for part in parts]
-        return shaped[0] if len(shaped) == 1 else torch.cat(shaped, dim=-1)
-
-    def cut(self, values: Tensor) -> list[Tensor]:
-        """Return those parts of a tensor (groups, o, i) that are the weight's and the bias's."""
-        return [values] if self.matrix.bias is None else [values[..., :-1], values[..., -1]]
-
 
 def hold_matrices(layout: Layout, state: RuleState, have_preconditioners: Sequence[bool]) -> list[HeldMatrix]:
     """Return all matrices, with views of the state.

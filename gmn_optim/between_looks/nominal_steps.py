@@ -52,15 +52,15 @@ class NominalSteps:
             step_number: Number of this step, 1 at the first.
         """
         gradients = [held.gradient(active) for held in each.parameters]
-        gradient = each.joined(gradients)
+        gradient = each.matrix.joined(gradients)
         if each.has_preconditioners:
             return NominalStep(preconditioned(each.basis, gradient), gradients, [])
         beta2 = min(self.beta2, MISSED_DECAY) if each.matrix.weight.missed else self.beta2
         turned = into(each.basis, gradient)
-        second = torch.lerp(turned.square(), each.joined([held.second for held in each.parameters]), beta2)
+        second = torch.lerp(turned.square(), each.matrix.joined([held.second for held in each.parameters]), beta2)
         squares = (second / (1 - beta2**step_number)).clamp_min_(LEAST_SQUARE)
         floor = self.epsilon + self.damping * squares.mean().sqrt()
-        return NominalStep(out_of(each.basis, turned / squares.sqrt_().add_(floor)), gradients, each.cut(second))
+        return NominalStep(out_of(each.basis, turned / squares.sqrt_().add_(floor)), gradients, each.matrix.cut(second))
 
     def of_vectors(
         self, vectors: Sequence[HeldParameter], active: ActiveByName, step_number: float

@@ -96,8 +96,8 @@ class StepsBetweenLooks:
         guarded: Per chunk, counts of guarded steps (segments), or None where no learned term serves it.
 
     Example:
-        >>> rule = UpdateRule(__import__("gmn_optim").rule.RuleConfig(nominal="adam", body=None))
-        >>> layout = Layout(())
+        >>> from gmn_optim.rule import RuleConfig
+        >>> rule, layout = UpdateRule(RuleConfig(nominal="adam", body=None)), Layout(())
         >>> StepsBetweenLooks.serves(rule, layout, rule.init_state(layout))
         False
     """
@@ -201,8 +201,7 @@ class StepsBetweenLooks:
 
     def _bound(self, each: HeldMatrix, lengths: Lengths, gain: float) -> tuple[float, bool]:
         """Return what bounds the step of a matrix, and whether the guard allows its gain."""
-        count = each.matrix.groups * each.matrix.rows * each.matrix.columns
-        size, weights = lengths.step / math.sqrt(count), lengths.parameters / math.sqrt(count)
+        size, weights = (length / math.sqrt(each.matrix.size) for length in (lengths.step, lengths.parameters))
         bound = bound_of(size) if each.has_preconditioners else 1.0
         if self._body is None or not each.learned:
             return bound, True
@@ -224,7 +223,7 @@ class StepsBetweenLooks:
         parts = [
             (held, part, factor)
             for each, made, factor in zip(self._matrices, steps, factors, strict=True)
-            for held, part in zip(each.parameters, each.cut(made.step), strict=True)
+            for held, part in zip(each.parameters, each.matrix.cut(made.step), strict=True)
         ]
         parts += [(held, made.step, 1.0) for held, made in zip(self._vectors, vectors, strict=True)]
         return [self._move(*part, active[part[0].segment.name].group, weights[part[0].missed]) for part in parts]

@@ -127,7 +127,7 @@ class EigenbasisSteps:
     def _sizes(self, matrices: Sequence[Matrix]) -> Tensor:
         """Return the root mean square of the parameters of each matrix (n)."""
         found = lengths([[self.pieces[part.chunk][part.segment] for part in matrix.parts] for matrix in matrices])
-        shares = tuple((matrix.groups * matrix.rows * matrix.columns) ** -0.5 for matrix in matrices)
+        shares = tuple(matrix.size**-0.5 for matrix in matrices)
         return found * constant_tensor(shares, found.dtype, found.device)
 
     def _note(self, matrix: Matrix, guarded: Tensor) -> None:

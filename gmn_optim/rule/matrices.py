@@ -59,24 +59,32 @@ class Matrix:
         return max(self.columns - (self.bias is not None), 1)
 
     @property
+    def size(self) -> int:
+        """Return the number of elements, those of the bias among them."""
+        return self.groups * self.rows * self.columns
+
+    @property
     def parts(self) -> tuple[Part, ...]:
         """Return where the weight stands and, if there is one, the bias."""
         return (self.place,) if self.bias is None else (self.place, self.bias)
 
     def gather(self, pieces: Pieces) -> Tensor:
         """Return the elements of the matrix (groups, o, i)."""
-        weight = pieces[self.place.chunk][self.place.segment].view(self.groups, self.rows, -1)
-        if self.bias is None:
-            return weight
-        bias = pieces[self.bias.chunk][self.bias.segment].view(self.groups, self.rows, 1)
-        return torch.cat([weight, bias], dim=-1)
+        return self.joined([pieces[part.chunk][part.segment] for part in self.parts])
+
+    def joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return the flat elements of weight and bias as one (groups, o, i), the bias as the last column."""
+        shaped = [part.view(self.groups, self.rows, -1) for part in parts]
+        return shaped[0] if self.bias is None else torch.cat(shaped, dim=-1)
+
+    def cut(self, values: Tensor) -> list[Tensor]:
+        """Return those parts of a tensor (groups, o, i) that are the weight's and, if there is one, the bias's."""
+        return [values] if self.bias is None else [values[..., :-1], values[..., -1]]
 
     def scatter(self, values: Tensor, pieces: Pieces, factor: Tensor | None = None) -> None:
         """Put the elements of the matrix (groups, o, i), times a factor (), in the places of those that stand there."""
-        if self.bias is not None:
-            pieces[self.bias.chunk][self.bias.segment] = _times(values[..., -1], factor).reshape(-1)
-            values = values[..., :-1]
-        pieces[self.place.chunk][self.place.segment] = _times(values, factor).reshape(-1)
+        for part, own in zip(self.parts, self.cut(values), strict=True):
+            pieces[part.chunk][part.segment] = _times(own, factor).reshape(-1)
 
 
 def _times(values: Tensor, factor: Tensor | None) -> Tensor:

@@ -99,10 +99,8 @@ class KroneckerScheduleFreeTerm(KroneckerAdamTerm):
         """Return the steps of the parameters and new buffers, matrices in their bases, and the new bases."""
         bases, around = self._begin(bases, around)
         steps, bases = super().directions(chunks, bases, around)
-        sharpness, results = self.sharpness(), []
-        if around.turns is not None:
-            turns = around.turns
-            sharpness = around.once("sharpness", lambda: self.sharpness_of(turns))
+        turns, results = around.turns, []
+        sharpness = self.sharpness() if turns is None else around.once("sharpness", lambda: self.sharpness_of(turns))
         known: dict[tuple[int, bool], tuple[Tensor, Tensor, Tensor]] = {}
         for chunk, inputs, (step, (_, *seconds)) in zip(around.layout.chunks, chunks, steps, strict=True):
             key = chunk.clock, chunk.missed  # chunks of one clock have taken the same steps, with the same momentum
