@@ -54,6 +54,9 @@ def add_rule_options(group: Any) -> None:
         default=default.concentration,
         help="how much that bound falls where gradients are made of few data points",
     )
+    group.add_argument(
+        "--epochs", type=float, default=default.epochs, help="times through the data in which that bound falls by log 2"
+    )
     group.add_argument("--beta", type=float, default=default.beta, help="initial weight of the learned term")
 
 
@@ -85,4 +88,5 @@ def read_rule_options(options: argparse.Namespace) -> RuleConfig:
         largest_pace=options.largest_pace,
         annealing=options.annealing,
         concentration=options.concentration,
+        epochs=options.epochs,
     )

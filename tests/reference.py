@@ -515,13 +515,13 @@ SeenByController = tuple[int, Tensor, Tensor, Sequence[tuple[Tensor, Tensor]] | 
 
 
 def controller_memory(seen: Sequence[SeenByController]) -> list[float]:
-    """Return what a controller remembers of a matrix besides its pace: cosine, log of signal against noise, and
-    minus the log of the share of rows that gradients are made of.
+    """Return what a controller remembers of a matrix besides its pace: cosine, log of signal against noise, minus the
+    log of the share of rows that gradients are made of, and how often a row of the first look stands in another.
 
     Args:
         seen: Of each step its age, the gradient, the average of earlier steps and, at a look, each row's factors.
     """
-    cosine, ratio, concentration = 0.0, 0.0, 0.0
+    cosine, ratio, concentration, repetition, first = 0.0, 0.0, 0.0, 0.0, None
     for age, gradient, average, rows in seen:
         product = sum(g * a for g, a in zip(gradient.flatten().tolist(), average.flatten().tolist(), strict=True))
         weight = max(0.2, 1 / max(age - 1, 1))
@@ -534,7 +534,19 @@ def controller_memory(seen: Sequence[SeenByController]) -> list[float]:
             share = sum(norms) ** 2 / len(norms) / sum(norm**2 for norm in norms)
             weight = 1.0 if age <= 1 else max(0.2, 1 / age)
             concentration += weight * (-math.log(share) - concentration)
-    return [cosine, ratio, concentration]
+            inputs = [a.tolist() for _, a in rows]
+            if first is None:
+                first = [a for a in inputs if inputs.count(a) == 1]
+            elif first:
+                times = sum(inputs.count(a) for a in first) / len(first) * all(_is_of_softmax(g) for g, _ in rows)
+                repetition += max(0.05, 1 / max(age - 1, 1)) * (times - repetition)
+    return [cosine, ratio, concentration, repetition]
+
+
+def _is_of_softmax(backprop: Tensor) -> bool:
+    """Return whether a backprop is of the cross-entropy of a softmax: probabilities, but for that of the label."""
+    below = [value for value in backprop.tolist() if value < 0]
+    return len(below) == 1 and abs(backprop.sum().item()) < 1e-6 * abs(below[0])
 
 
 def turned_squares(old: Tensor, new: Tensor, squares: Tensor) -> list[list[float]]:

@@ -33,7 +33,7 @@ STATES = {
     "scheduled": (2 + DECAYS) * PARAMETERS + ROWS * NEURONS * 2 * DECAYS + 2,
     "eigenbasis": 4 * PARAMETERS + 1 + BASES + SIDES,
     "eigenbasis+gmn": 4 * PARAMETERS + 1 + BASES + SIDES,
-    "controller": 2 * PARAMETERS + 1 + BASES + SIDES + 4 * 3,
+    "controller": 2 * PARAMETERS + 1 + BASES + SIDES + (5 + 64) * 3,
 }
 
 

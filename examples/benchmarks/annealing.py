@@ -1,6 +1,7 @@
 """What the falling bound of the default's pace does: with it, without one cause, the nominal term alone, tuned Adam.
 
-The bound falls with the steps (annealing), and where few data points make the gradients (concentration).
+The bound falls with the steps (annealing), where few data points make the gradients (concentration), and both sooner
+where data were seen again and again (epochs).
 
     python examples/benchmarks/annealing.py
 
@@ -51,13 +52,14 @@ def without(rule: UpdateRule, *names: str) -> UpdateRule:
 
 
 def own_arms() -> list[Arm]:
-    """Return the default, the default without each cause and without both, and its nominal term."""
+    """Return the default, the default without each cause and without all, and its nominal term."""
     rule = load_weights("default").rule
     chosen = {
         "default": rule,
         "without annealing": without(rule, "annealing"),
         "without concentration": without(rule, "concentration"),
-        "without either": without(rule, "annealing", "concentration"),
+        "without epochs": without(rule, "epochs"),
+        "without all": without(rule, "annealing", "concentration", "epochs"),
         "nominal term": nominal_rule(rule),
     }
     return [
@@ -101,7 +103,8 @@ def rows_of(task: str, options: argparse.Namespace, bar: "tqdm[None]") -> list[t
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, and print the table."""
     parser = argparse.ArgumentParser(description="The default with and without a bound that falls.")
-    names = ["validation-carroll-windows-mlp", "validation-fmnist14-mlp", "validation-letters-mlp"]
+    names = ["carroll-windows-mlp", "fmnist14-mlp", "letters-mlp", "few-letters-mlp", "few-fmnist8-mlp"]
+    names = [f"validation-{name}" for name in names]
     parser.add_argument("--tasks", nargs="+", default=names, metavar="NAME")
     parser.add_argument("--steps", type=int, default=1_000)
     parser.add_argument("--seeds", type=int, default=3)

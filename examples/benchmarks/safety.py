@@ -66,6 +66,7 @@ class Scenario:
         constant: Share of an ordinary training at whose beginning the loss is constant, so that gradients are zero.
         broken: Whether the inputs of one batch are not numbers.
         repeated: Whether every batch is one example over and over.
+        examples: Training examples that there are; None for all.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Scenario:
     constant: float = 0.0
     broken: bool = False
     repeated: bool = False
+    examples: int | None = None
 
 
 SCENARIOS = (
@@ -93,6 +95,7 @@ SCENARIOS = (
     Scenario("constant loss at first", constant=0.05),
     Scenario("one batch not finite", broken=True),
     Scenario("one example fills each batch", repeated=True),
+    *(Scenario(f"{number:,} training examples", examples=number) for number in (4_000, 1_000, 250)),
 )
 
 
@@ -141,6 +144,8 @@ def make_task(name: str, scenario: Scenario) -> SupervisedTask:
         inputs, labels = task.data.train
         noisy = redraw_labels(labels, int(labels.max()) + 1, scenario.label_noise)
         task.data = task.data._replace(train=Examples(inputs, noisy))
+    if scenario.examples is not None:
+        task.data = task.data._replace(train=Examples(*(part[: scenario.examples] for part in task.data.train)))
     return task
 
 

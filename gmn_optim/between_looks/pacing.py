@@ -9,12 +9,16 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from gmn_optim.rule.bounded_steps import LARGEST_SIZE
-from gmn_optim.rule.controller import (
-    ALIGNMENT_WEIGHT,
+from gmn_optim.rule.controller import ALIGNMENT_WEIGHT, Controller
+from gmn_optim.rule.falling_bound import (
     COSINE_SCALE,
     FREE_CONCENTRATION,
+    FREE_EPOCHS,
+    LEAST_AT_ALL,
     LEAST_BOUND,
-    Controller,
+    MOST_WEIGHT,
+    SHORTEST_ANNEALING,
+    FallingBound,
     annealing_rate,
 )
 from gmn_optim.rule.features import TINY
@@ -104,19 +108,28 @@ def held_gains(
 
     Example:
         >>> body = Controller(width=8, gradmetanet=None, data_points=32)  # its largest pace is 0.8
-        >>> [round(gain, 3) for gain in held_gains(body, [[0.1, 0.0, 0.0, 0.0], [2.0, 0.0, 0.0, 0.0]], 12, ())]
+        >>> [round(gain, 3) for gain in held_gains(body, [[0.1, *[0.0] * 4], [2.0, *[0.0] * 4]], 12, ())]
         [0.105, 1.226]
     """
     if not memories:
         return []
-    bound, first_pace = body.largest_pace, SPEED * body.first_pace.item()
-    if body.annealing or body.concentration:
-        agreement = COSINE_SCALE * sum(memory[1] for memory in memories) / len(memories)
-        fallen = body.concentration * max(min(memory[3] for memory in memories) - FREE_CONCENTRATION, 0.0)
-        if body.annealing:
-            fallen += math.log1p(age * annealing_rate(matrices) / body.annealing)
-        bound = max(bound - fallen * (1 - min(max(agreement, 0.0), 1.0)), LEAST_BOUND)
+    bound, first_pace = body.bound.largest_pace, SPEED * body.first_pace.item()
+    if body.bound.falls:
+        bound = _falling_bound(body.bound, memories, age, annealing_rate(matrices))
     return [math.expm1(body.share * min(first_pace + memory[0], bound)) for memory in memories]
+
+
+def _falling_bound(bound: FallingBound, memories: Sequence[Sequence[float]], age: int, rate: float) -> float:
+    """Return the bound of the pace, see :meth:`gmn_optim.rule.falling_bound.FallingBound.at`."""
+    _, cosines, _, concentrations, repetitions = zip(*(memory[:5] for memory in memories), strict=True)
+    agreement = min(max(COSINE_SCALE * sum(cosines) / len(cosines), 0.0), 1.0)
+    share = max(repetitions) if bound.epochs else 0.0
+    again = age * share / bound.epochs * max(1 - share, 0.0) if bound.epochs else 0.0
+    times = max(age * rate / bound.annealing if bound.annealing else 0.0, min(again, age / SHORTEST_ANNEALING))
+    memorized = bound.concentration * max(min(concentrations) - FREE_CONCENTRATION, 0.0)
+    usual = max(bound.largest_pace - (memorized + math.log1p(times)) * (1 - agreement), LEAST_BOUND)
+    weight = min(max(age * share - FREE_EPOCHS, 0.0), MOST_WEIGHT)
+    return max(usual - memorized * weight, LEAST_AT_ALL)
 
 
 def bound_of(size: float) -> float:

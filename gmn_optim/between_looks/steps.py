@@ -21,7 +21,7 @@ from gmn_optim.between_looks.pacing import AveragingWeights, Lengths, bound_of, 
 from gmn_optim.places import ActiveParameter
 from gmn_optim.report import MeasuredChunk, StepLog, measure_chunk
 from gmn_optim.rule import Layout, RuleState, UpdateRule
-from gmn_optim.rule.controller import Controller
+from gmn_optim.rule.controller import OF_TRAINING, Controller
 from gmn_optim.rule.eigenbasis_steps import knows_weights
 from gmn_optim.rule.layout import joined
 from gmn_optim.rule.matrices import Part
@@ -178,7 +178,8 @@ class StepsBetweenLooks:
         """Return what the controller remembers of the matrices that it serves, after this step."""
         if not self._served:
             return []
-        found = torch.stack([self._matrices[number].basis.memory for number in self._served]).tolist()
+        memories = torch.stack([self._matrices[number].basis.memory for number in self._served])
+        found = memories[:, :OF_TRAINING].tolist()
         for memory, number in zip(found, self._served, strict=True):
             memory[1] = follow_cosine(memory[1], lengths[number], age)
         return found

@@ -72,7 +72,7 @@ def nominal_rule(rule: UpdateRule) -> UpdateRule:
         >>> nominal_rule(load_weights("default").rule).config.arm
         'kronecker_schedule_free'
     """
-    of_body = {"setpoint": 0.0, "annealing": 0.0, "concentration": 0.0}
+    of_body = {"setpoint": 0.0, "annealing": 0.0, "concentration": 0.0, "epochs": 0.0}
     config = replace(rule.config, body=None, gradmetanet=None, share=1.0, least_size=0.0, **of_body)
     alone = UpdateRule(config).requires_grad_(False)
     known = alone.state_dict()

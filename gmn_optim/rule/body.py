@@ -69,7 +69,14 @@ class AbstractMatrixBody(nn.Module, ABC):
             alpha: Step size ().
         """
 
-    def set_up(self, setpoint: float, largest_pace: float, annealing: float = 0.0, concentration: float = 0.0) -> None:
+    def set_up(
+        self,
+        setpoint: float,
+        largest_pace: float,
+        annealing: float = 0.0,
+        concentration: float = 0.0,
+        epochs: float = 0.0,
+    ) -> None:
         """Take what a configuration says of controllers; others have nothing to set up."""
 
     @abstractmethod

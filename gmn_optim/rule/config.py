@@ -39,6 +39,9 @@ class RuleConfig:
             stays.
         concentration: How much that bound falls where gradients are made of few rows alone, see the same class; 0 for
             one that does not mind.
+        epochs: In about so many times through the data of a classifier that bound falls by log 2 at least, and where
+            few rows make gradients it falls the more the oftener rows were seen, see the same class; 0 for one that
+            does not mind.
         share: What a body in the eigenbasis writes is multiplied by it: 1 as meta-trained, 0 for the nominal term.
         least_size: A body in the eigenbasis leaves a model to the nominal term if one of its matrices is smaller at
             first (root mean square against torch's initialization, zeros excepted); 0 to serve all.
@@ -70,6 +73,7 @@ class RuleConfig:
     largest_pace: float = 0.8
     annealing: float = 0.0
     concentration: float = 0.0
+    epochs: float = 0.0
     share: float = 1.0
     least_size: float = 0.0
     guard: float = 1.0
@@ -105,6 +109,7 @@ class RuleConfig:
                         ("setpoint", self.setpoint),
                         ("annealing", self.annealing),
                         ("concentration", self.concentration),
+                        ("epochs", self.epochs),
                     )
                 ),
                 ("share", self.share, self.share == 0 or _is_positive(self.share), "0 or positive, at most 1e6"),

@@ -10,16 +10,18 @@ from gmn_optim.constants import constant_tensor
 from gmn_optim.nn.gradmetanet import GradMetaNetConfig
 from gmn_optim.rule.body import AbstractMatrixBody, MatrixChange, bodies
 from gmn_optim.rule.coordinates import Coordinates
+from gmn_optim.rule.falling_bound import COSINE_SCALE, FallingBound, annealing_rate
 from gmn_optim.rule.features import inner_products, lengths, root
 from gmn_optim.rule.look_schedule import choose
 from gmn_optim.rule.matrices import Matrix
 from gmn_optim.rule.nominal import LEAST_SQUARE
+from gmn_optim.rule.repeated_rows import KEPT_ROWS, fingerprints, follow_rows, softmax_of_labels
 from gmn_optim.rule.scalars import SPEED
 
 CHANNELS = 13
 
-MEAN_COSINE, MEAN_RATIO, COSINE_SCALE = 5, 6, 10.0
-"""Which features are means over the model, and what cosines are multiplied by."""
+MEAN_COSINE, MEAN_RATIO = 5, 6
+"""Which features are means over the model."""
 
 PROPORTION, ALLOWANCE = 0.3, 0.05
 """Weights of these features in a controller that holds the mean cosine at a value, or below where signal is strong."""
@@ -27,16 +29,11 @@ PROPORTION, ALLOWANCE = 0.3, 0.05
 RATE = 0.1
 """The pace, a logarithm, changes by at most so much for each step."""
 
-LEAST_PACE, LEAST_BOUND = -1.0, -1.5
-"""Bounds of the pace: steps are at least 0.37 times the nominal ones, or 0.22 times once the falling bound is there."""
+LEAST_PACE = -1.0
+"""Least pace: steps are at least 0.37 times the nominal ones, unless a falling bound is lower."""
 
-USUAL_MATRICES, USUAL_INPUTS, INPUT_RANGE = 2, 200, (50, 500)
-"""Matrices of a model, and most inputs of one of them, with which the bound falls as fast as is said; least and most,
-beyond which a number of inputs counts as these."""
-
-FREE_CONCENTRATION, MOST_CONCENTRATION = 0.5, 10.0
-"""Up to the first the bound of the pace does not mind how few rows gradients are made of; more than the second counts
-as that."""
+MOST_CONCENTRATION = 10.0
+"""More counts as this."""
 
 RANGES = (8, 256, 64), (8, 256, 32), (1, 8, 2)
 """Least and largest inputs, outputs and number of matrices that meta-training sees, beyond which a number counts as
@@ -45,8 +42,11 @@ these, and what they are measured against."""
 OUTPUT_SPEED = 2.0
 """Outputs are multiplied by this, so that a perturbation in meta-training is felt."""
 
-ALIGNMENT_WEIGHT, NOISE_WEIGHT, CONCENTRATION_WEIGHT = 0.2, 0.1, 0.2
+ALIGNMENT_WEIGHT, NOISE_WEIGHT, CONCENTRATION_WEIGHT, REPETITION_WEIGHT = 0.2, 0.1, 0.2, 0.05
 """Of the newest step, and of the newest look, in what is remembered; earlier ones weigh alike at first."""
+
+OF_TRAINING = 5
+"""Numbers that are remembered of a matrix besides rows of the first look."""
 
 
 @bodies.register("controller")
@@ -54,14 +54,16 @@ class Controller(AbstractMatrixBody):
     """Multiplies the step of each matrix by ``exp(pace)``, and turns the pace up or down at every look.
 
     Gradients that point along the steps of late say that these were too short; gradients against them, that they went
-    too far; and noise hides either. The controller remembers of each matrix its pace r and moving averages of three
+    too far; and noise hides either. The controller remembers of each matrix its pace r and moving averages of four
     things: the cosine between gradient and steps; the logarithm of signal against noise, the squared mean gradient over
-    what it would be if the gradients of rows were independent with mean zero; and the concentration, minus the
-    logarithm of the share of rows that gradients are made of, ``(sum n)^2 / (r sum n^2)`` of the norms n of r rows. At
-    a look that stands for m steps, ``r <- r + 0.1 m tanh(f)``, where f is a linear function plus a small MLP of these,
-    their means over the model, and sizes. All of it stays as it is when hidden bases are rotated, and under any order
-    of data points. A single row shows no noise, and leaves the pace as it is. Steps are taken at the pace ``r0 + r``,
-    with a learned r0. Before any meta-training f and r0 are zero.
+    what it would be if the gradients of rows were independent with mean zero; the concentration, minus the logarithm of
+    the share of rows that gradients are made of, ``(sum n)^2 / (r sum n^2)`` of the norms n of r rows; and the
+    repetition, how often a row of the first look stands in a later one, if a layer's backprops are those of a softmax
+    with labels: in the first layer of such a classifier that is the share of the data set that is looked at. At
+    a look that stands for m steps, ``r <- r + 0.1 m tanh(f)``, where f is a linear function plus a small MLP of the
+    first four, their means over the model, and sizes. All of it stays as it is when hidden bases are rotated, and under
+    any order of data points. A single row shows no noise, and leaves the pace as it is. Steps are taken at the pace
+    ``r0 + r``, with a learned r0. Before any meta-training f and r0 are zero.
 
     With annealing over T steps, steps are at most those of the pace ``b - log(1 + t / T')`` at step t, b being the
     largest pace and ``T' = T (n / 2) (200 / i)`` in a model of n matrices with i inputs at most: where inputs are many,
@@ -70,6 +72,13 @@ class Controller(AbstractMatrixBody):
     for a concentration c beyond 0.5, the least one of all matrices (0 of one that only ever saw single rows). The few
     data points that a classifier has not learned yet are what it memorizes next, and their gradient is as noisy as
     that of a small batch.
+
+    With epochs E the bound minds how often data were seen, ``n = t p`` times for the largest repetition p of a matrix:
+    ``t / T'`` counts as ``n (1 - p) / E`` at least (or as ``t / 15`` if that is less), and beyond the second time the
+    bound falls further, to a pace of -3 at most, by ``k (c - 0.5) (n - 2)`` up to n = 32. That it does whether or not
+    gradients agree with the steps, since they do in what is memorized, too. Where many rows are captured, part of a
+    batch is looked at, and times are counted too few. Nothing is counted in regressions, in which to fit each data
+    point is often what is wanted, nor where inputs are never the same (augmented, or behind other layers).
 
     Args:
         width: Hidden channels of the MLP.
@@ -88,12 +97,12 @@ class Controller(AbstractMatrixBody):
         (135, False)
     """
 
-    memory_per_matrix = 4
+    memory_per_matrix = OF_TRAINING + KEPT_ROWS
     takes_gradmetanet = False
 
     def __init__(self, width: int, gradmetanet: GradMetaNetConfig | None, data_points: int, share: float = 1.0) -> None:
         super().__init__()
-        self.share, self.largest_pace, self.annealing, self.concentration = share, 0.8, 0.0, 0.0
+        self.share, self.bound = share, FallingBound()
         self.linear = nn.Linear(CHANNELS, 1)
         self.hidden = nn.Linear(CHANNELS, width)
         self.output = nn.Linear(width, 1, bias=False)
@@ -101,14 +110,21 @@ class Controller(AbstractMatrixBody):
             nn.init.zeros_(parameter)
         self.first_pace = nn.Parameter(torch.zeros(()))
 
-    def set_up(self, setpoint: float, largest_pace: float, annealing: float = 0.0, concentration: float = 0.0) -> None:
+    def set_up(
+        self,
+        setpoint: float,
+        largest_pace: float,
+        annealing: float = 0.0,
+        concentration: float = 0.0,
+        epochs: float = 0.0,
+    ) -> None:
         """Bound the pace and, with a setpoint, hold the mean cosine at minus that: faster above it, slower below.
 
-        With annealing over so many steps the bound falls, and with concentration, the k of the class. Where the
-        gradients of data points agree, steps that overshoot a little do no harm, so the cosine is held at a lower value
-        there.
+        With annealing over so many steps the bound falls, with concentration, the k of the class, and in so many
+        epochs. Where the gradients of data points agree, steps that overshoot a little do no harm, so the cosine is
+        held at a lower value there.
         """
-        self.largest_pace, self.annealing, self.concentration = largest_pace, annealing, concentration
+        self.bound = FallingBound(largest_pace, annealing, concentration, epochs)
         if setpoint:
             with torch.no_grad():
                 self.linear.weight[0, MEAN_COSINE], self.linear.weight[0, MEAN_RATIO] = PROPORTION, ALLOWANCE
@@ -117,14 +133,14 @@ class Controller(AbstractMatrixBody):
     def forward(
         self, turned: Sequence[Coordinates], parameters: Sequence[Tensor], matrices: Sequence[Matrix], alpha: Tensor
     ) -> list[MatrixChange]:
-        """Return gains () and memories (4), see :class:`AbstractMatrixBody`."""
+        """Return gains () and memories (m), see :class:`AbstractMatrixBody`."""
         memories = _look(turned)
         pairs = zip(turned, parameters, strict=True)
         sizes = torch.stack([_size_features(each, own, len(matrices), alpha) for each, own in pairs])
-        features = torch.cat([_controls(memories), sizes], dim=-1)
+        features = torch.cat([_controls(memories[:, :4]), sizes], dim=-1)
         outputs = self.linear(features) + self.output(self.hidden(features).relu())
         change = RATE * _gaps(turned, outputs) * torch.tanh(OUTPUT_SPEED * outputs.squeeze(-1))
-        pace = (memories[:, 0] + change).clamp(LEAST_PACE, self.largest_pace)
+        pace = (memories[:, 0] + change).clamp(LEAST_PACE, self.bound.largest_pace)
         return self._changes(torch.cat([pace.unsqueeze(-1), memories[:, 1:]], dim=-1), turned, matrices)
 
     def hold(self, turned: Sequence[Coordinates], matrices: Sequence[Matrix]) -> list[MatrixChange]:
@@ -134,42 +150,44 @@ class Controller(AbstractMatrixBody):
     def _changes(
         self, memories: Tensor, turned: Sequence[Coordinates], matrices: Sequence[Matrix]
     ) -> list[MatrixChange]:
-        """Return what memories (n, 4) make of these among all matrices."""
-        pace = (SPEED * self.first_pace + memories[:, 0]).clamp_max(self.largest_pace)
-        if self.annealing or self.concentration:
-            agreement = (COSINE_SCALE * memories[:, 1].mean()).clamp(0.0, 1.0)
-            fallen = self._fallen(memories, turned, matrices) * (1 - agreement)
-            pace = torch.minimum(pace, (self.largest_pace - fallen).clamp_min(LEAST_BOUND))
+        """Return what memories (n, m) make of these among all matrices."""
+        pace = (SPEED * self.first_pace + memories[:, 0]).clamp_max(self.bound.largest_pace)
+        if self.bound.falls:
+            pace = torch.minimum(pace, self.bound.at(memories, _ages(turned), annealing_rate(matrices)))
         gains = torch.expm1(self.share * pace)
         return [MatrixChange(*each) for each in zip(gains.unbind(), memories.unbind(), strict=True)]
 
-    def _fallen(self, memories: Tensor, turned: Sequence[Coordinates], matrices: Sequence[Matrix]) -> Tensor:
-        """Return how far the bound of the pace has fallen, () or (n), while gradients do not agree with the steps."""
-        fallen = self.concentration * (memories[:, 3].amin() - FREE_CONCENTRATION).clamp_min(0.0)
-        if not self.annealing:
-            return fallen
-        times = _ages(turned) * (annealing_rate(matrices) / self.annealing)
-        return fallen + (torch.log1p(times) if isinstance(times, Tensor) else math.log1p(times))
-
 
 def _align(turned: Sequence[Coordinates]) -> Tensor:
-    """Return memories (n, 4) whose cosines have followed this step; at the first there is none."""
-    pace, cosine, *others = torch.stack([each.basis.memory for each in turned]).unbind(-1)
+    """Return memories (n, m) whose cosines have followed this step; at the first there is none."""
+    memories = torch.stack([each.basis.memory for each in turned])
+    pace, cosine = memories[:, :2].unbind(-1)
     now = _cosines([each.own_gradient for each in turned], [each.average for each in turned])
     cosine = torch.lerp(cosine, now, _weight(_ages(turned) - 1, ALIGNMENT_WEIGHT))
-    return torch.stack([pace, torch.where(cosine.isfinite(), cosine, 0.0), *others], dim=-1)
+    followed = torch.stack([pace, torch.where(cosine.isfinite(), cosine, 0.0)], dim=-1)
+    return torch.cat([followed, memories[:, 2:]], dim=-1)
 
 
 def _look(turned: Sequence[Coordinates]) -> Tensor:
-    """Return memories (n, 4) that have followed this step, and the rows of this look."""
-    pace, cosine, ratio, concentration = _align(turned).unbind(-1)
+    """Return memories (n, m) that have followed this step, and the rows of this look."""
+    memories, ages = _align(turned), _ages(turned)
+    pace, cosine, ratio, concentration, repetition = memories[:, :OF_TRAINING].unbind(-1)
     signal = lengths([each.own_gradient for each in turned]).square()
     noise, share = torch.stack([_noise_and_share(each) for each in turned]).unbind(-1)
-    seen, ages = (_gaps(turned, ratio) > 0).to(ratio.dtype), _ages(turned)
+    seen = (_gaps(turned, ratio) > 0).to(ratio.dtype)
     ratio = _follow(ratio, _log(signal) - _log(noise), (-4.0, 6.0), seen * _weight(ages, NOISE_WEIGHT))
     weight = seen * (share > 0) * _weight(ages, CONCENTRATION_WEIGHT)
     concentration = _follow(concentration, -_log(share), (0.0, MOST_CONCENTRATION), weight)
-    return torch.stack([pace, cosine, ratio, concentration], dim=-1)
+    kept, times = follow_rows(memories[:, OF_TRAINING:], [_fingerprints(each) for each in turned])
+    classifies = torch.stack([softmax_of_labels(each.rows.backprops) for each in turned]).any()
+    repetition = torch.lerp(repetition, times * classifies, seen * _weight(ages - 1, REPETITION_WEIGHT))
+    rows = torch.where(seen.unsqueeze(-1) > 0, kept, memories[:, OF_TRAINING:])
+    return torch.cat([torch.stack([pace, cosine, ratio, concentration, repetition], dim=-1), rows], dim=-1)
+
+
+def _fingerprints(each: Coordinates) -> Tensor:
+    """Return those of the rows of a look (r), without the 1 of the bias: a row of zeros is none."""
+    return fingerprints(each.rows.activations[..., : each.matrix.inputs])
 
 
 def _follow(average: Tensor, now: Tensor, bounds: tuple[float, float], weight: Tensor) -> Tensor:
@@ -236,20 +254,3 @@ def _cosines(ones: Sequence[Sequence[Tensor]], others: Sequence[Sequence[Tensor]
     """Return the cosines of pairs of vectors in parts (n), 0 where either is zero."""
     both = lengths(ones) * lengths(others)  # of which one may have vanished where the product has not
     return torch.where(both > 0, inner_products(ones, others) / both.clamp_min(LEAST_SQUARE), 0.0)
-
-
-def annealing_rate(matrices: Sequence[Matrix]) -> float:
-    """Return how fast the bound of the pace falls in a model, against the usual; of a table only one row acts.
-
-    Args:
-        matrices: All matrices of the model.
-
-    Example:
-        >>> from gmn_optim.rule.layout import Layout, Segment, build_chunks
-        >>> layers = [Segment("0.weight", (8, 100), "0", "weight"), Segment("1.weight", (3, 8), "1", "weight")]
-        >>> annealing_rate(Layout(tuple(build_chunks(layers, False))).matrices)
-        0.5
-    """
-    low, high = INPUT_RANGE
-    inputs = max((matrix.inputs for matrix in matrices if matrix.weight.role != "table"), default=USUAL_INPUTS)
-    return min(max(inputs, low), high) / USUAL_INPUTS * USUAL_MATRICES / len(matrices)

@@ -132,7 +132,8 @@ class UpdateRule(nn.Module):
         if config.in_eigenbasis:
             self.body = bodies[config.body](config.width, config.gradmetanet, config.data_points, config.share)
             self.nominal.serve_body(self.body.buffers_per_parameter, self.body.memory_per_matrix)
-            self.body.set_up(config.setpoint, config.largest_pace, config.annealing, config.concentration)
+            bound = config.largest_pace, config.annealing, config.concentration, config.epochs
+            self.body.set_up(config.setpoint, *bound)
         elif config.body is not None:
             self.beta = LogScalar(config.beta)
             self.body = bodies[config.body](3 + len(DECAYS), 2 if config.gated else 1, config.width, config.depth)

@@ -34,14 +34,24 @@ def validation_images(side: int) -> ImageData:
     return data if side == 14 else resize_images(data, side)
 
 
-def validation_letters() -> TableData:
-    """Return the rows of the letters from 10,000 to 16,000.
+def validation_letters(number: int = 6_000) -> TableData:
+    """Return so many rows of the letters from 10,000 on.
 
     Example:
         >>> validation_letters().test_features.shape
         torch.Size([750, 16])
     """
-    return subset(load_letters(), 10_000, 16_000)
+    return subset(load_letters(), 10_000, 10_000 + number)
+
+
+def few_validation_images() -> ImageData:
+    """Return 1,600 images of Fashion-MNIST at 8x8, which a small network can learn by heart.
+
+    Example:
+        >>> few_validation_images().train_images.shape
+        torch.Size([1400, 64])
+    """
+    return resize_images(subset(load_fashion_mnist_14x14(), 20_000, 21_600), 8)
 
 
 META_VALIDATION_TASKS: dict[str, Builder] = {
@@ -54,6 +64,8 @@ META_VALIDATION_TASKS: dict[str, Builder] = {
     "validation-hubble-siren": lambda _: ImageFitTask(load_photograph("hubble"), (48, 48), batch_size=200),
     "validation-carroll-transformer": lambda _: ByteTransformerTask(load_text("carroll"), width=40, context=40),
     "validation-carroll-windows-mlp": lambda _: WindowMLPTask(load_text("carroll")),
+    "validation-few-letters-mlp": lambda _: TabularMLPTask(validation_letters(1_600), (64, 32), 64),
+    "validation-few-fmnist8-mlp": lambda _: ImageMLPTask(few_validation_images(), (64, 32), 64, 1_000),
 }
 """What makes each of them, by name."""
 

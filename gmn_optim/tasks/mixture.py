@@ -11,6 +11,7 @@ from gmn_optim.tasks.base import AbstractTask
 from gmn_optim.tasks.byte_transformer import ByteTransformerTask
 from gmn_optim.tasks.datasets import (
     ImageData,
+    Labelled,
     TableData,
     load_fashion_mnist_8x8,
     load_fashion_mnist_14x14,
@@ -44,6 +45,9 @@ IMAGES = 20_000
 
 LETTERS = 10_000
 """The first rows of the letters, likewise."""
+
+FEWEST = 1_000
+"""A quarter of the classifiers and regressions see so many examples, or up to 5,000, which they can learn by heart."""
 
 
 class Draw:
@@ -84,6 +88,14 @@ class Draw:
             return (self.log_integer(low, high),) * layers
         return tuple(self.log_integer(low, high) for _ in range(layers))
 
+    def some(self, data: Labelled) -> Labelled:
+        """Return all examples, or few of them for a quarter of tasks."""
+        if self.uniform() < 0.75:
+            return data
+        number = self.log_integer(FEWEST, 5 * FEWEST)
+        start = round(self.uniform(0, len(data.train_labels) - number))
+        return subset(data, start, start + number)
+
     def variation(self, labels: bool) -> Variation:
         """Return scales of parameters and inputs for a third of tasks each, and noise for a fifth of classifiers."""
         parameter_scale = self.log_uniform(0.5, 2.0) if self.uniform() < 1 / 3 else 1.0
@@ -96,8 +108,9 @@ class Draw:
 class DefaultFamily(AbstractTaskFamily):
     """Classifiers, regressions, fits of pictures and models of text, all small and on real data that ship.
 
-    A sampled task's name says what it is, such as ``fmnist14-mlp-64-32-relu-b64``; one that was changed has its
-    factors on parameters (``w``) and inputs (``x``) and its label noise (``n``) at the end.
+    A sampled task's name says what it is, such as ``fmnist14-mlp-64-32-relu-b64``; one with few examples has their
+    number behind the data (``fmnist14x1200``), one that was changed its factors on parameters (``w``) and inputs
+    (``x``) and its label noise (``n``) at the end.
 
     Example:
         >>> family = families["default"]()
@@ -150,40 +163,43 @@ def _image_mlp(draw: Draw) -> AbstractTask:
     """Return a classifier of images."""
     side = draw.choice([7, 8, 10, 14])
     hidden = draw.widths(draw.choice([1, 2, 3, 4]), 8, 256)
+    data = draw.some(family_images(side))
     task = ImageMLPTask(
-        family_images(side),
+        data,
         hidden,
         batch_size=draw.power_of_two(16, 256),
         horizon=1_000,
         activation=draw.choice(list(ACTIVATIONS)),
         variation=draw.variation(labels=True),
     )
-    return _prefixed(f"fmnist{side}", task)
+    return _prefixed(_named(f"fmnist{side}", data), task)
 
 
 def _letter_mlp(draw: Draw) -> AbstractTask:
     """Return a classifier of letters."""
+    data = draw.some(family_letters())
     task = TabularMLPTask(
-        family_letters(),
+        data,
         draw.widths(draw.choice([1, 2, 3]), 8, 128),
         batch_size=draw.power_of_two(16, 256),
         activation=draw.choice(list(ACTIVATIONS)),
         variation=draw.variation(labels=True),
     )
-    return _prefixed("letters", task)
+    return _prefixed(_named("letters", data), task)
 
 
 def _inpainting(draw: Draw) -> AbstractTask:
     """Return a regression of halves of images."""
     side = draw.choice([8, 10, 14])
+    data = draw.some(family_images(side))
     task = InpaintingTask(
-        family_images(side),
+        data,
         draw.widths(draw.choice([1, 2]), 16, 128),
         batch_size=draw.power_of_two(16, 256),
         activation=draw.choice(list(ACTIVATIONS)),
         variation=draw.variation(labels=False),
     )
-    return _prefixed(f"fmnist{side}", task)
+    return _prefixed(_named(f"fmnist{side}", data), task)
 
 
 def _autoencoder(draw: Draw) -> AbstractTask:
@@ -246,6 +262,12 @@ def _byte_transformer(draw: Draw) -> AbstractTask:
         variation=Variation(draw.variation(labels=False).parameter_scale),
     )
     return _prefixed("austen", task)
+
+
+def _named(name: str, data: Labelled) -> str:
+    """Return the name of data, with the number of training examples if they are few."""
+    number = len(data.train_labels)
+    return f"{name}x{number}" if number <= 5 * FEWEST else name
 
 
 def _prefixed(data: str, task: AbstractTask) -> AbstractTask:

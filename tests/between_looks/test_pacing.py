@@ -17,7 +17,7 @@ MATRICES = Layout(tuple(build_chunks(SEGMENTS, True))).matrices
 
 
 def held(memory: torch.Tensor, age: int, body: Controller) -> list[torch.Tensor]:
-    """Return the gains that the controller holds of matrices with these memories (n, 4), their cosines as they are."""
+    """Return the gains that the controller holds of matrices with these memories (n, 5), their cosines as they are."""
     zeros = torch.zeros(1, 4, 3, dtype=torch.float64)
     turned = [
         Coordinates(each, None, zeros, zeros, None, None, None, None, None, (), (), age=age)
@@ -28,7 +28,17 @@ def held(memory: torch.Tensor, age: int, body: Controller) -> list[torch.Tensor]
 
 @pytest.mark.parametrize("age", [2, 11, 400])
 @pytest.mark.parametrize(
-    "setting", [(0.4, 80.0, 0.3), (0.4, 0.0, 0.3), (0.4, 80.0, 0.0), (0.8, 0.0, 0.0)], ids=lambda each: f"{each}"
+    "setting",
+    [
+        (0.4, 80.0, 0.3),
+        (0.4, 0.0, 0.3),
+        (0.4, 80.0, 0.0),
+        (0.8, 0.0, 0.0),
+        (0.6, 80.0, 0.3, 4.0),
+        (0.6, 0.0, 0.0, 4.0),
+        (0.6, 0.0, 0.3, 0.5),
+    ],
+    ids=lambda each: f"{each}",
 )
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.0])
 @pytest.mark.parametrize("first", [0.0, 0.03, -0.02])
@@ -38,8 +48,9 @@ def test_gains_are_those_of_the_controller(age: int, setting: tuple[float, ...],
     body.set_up(0.012, *setting)
     generator = torch.Generator().manual_seed(age)
     for _ in range(10):
-        memory = torch.randn(3, 4, generator=generator).double()
+        memory = torch.randn(3, 5, generator=generator).double()
         memory[:, 1] *= 0.1
+        memory[:, 4] = memory[:, 4].abs() * 0.5
         expected = [gain.item() for gain in held(memory, age, body)]
         assert held_gains(body, memory.tolist(), age, MATRICES) == pytest.approx(expected, rel=1e-12, abs=1e-15)
 

@@ -128,7 +128,9 @@ OPTIONS: dict[str, Make] = {
     "weights too small": lambda model: GMNOptimizer(model, weights=with_config(least_size=5.0)),
     "no annealing": lambda model: GMNOptimizer(model, weights=with_config(annealing=0.0)),
     "no concentration": lambda model: GMNOptimizer(model, weights=with_config(concentration=0.0)),
-    "neither": lambda model: GMNOptimizer(model, weights=with_config(annealing=0.0, concentration=0.0)),
+    "neither": lambda model: GMNOptimizer(model, weights=with_config(annealing=0.0, concentration=0.0, epochs=0.0)),
+    "no epochs": lambda model: GMNOptimizer(model, weights=with_config(epochs=0.0)),
+    "epochs alone": lambda model: GMNOptimizer(model, weights=with_config(annealing=0.0, epochs=0.5)),
     "half of the pace": lambda model: GMNOptimizer(model, weights=with_config(share=0.5)),
 }
 

@@ -257,3 +257,9 @@ def test_exporting_the_same_rule_twice_gives_the_same_files(run_folder, tmp_path
 def test_a_controller_is_used_with_a_concentration(body, given, used):
     rule = RuleConfig(nominal="kronecker_schedule_free", body=body, concentration=given)
     assert as_used(rule, 1.0).concentration == used
+
+
+@pytest.mark.parametrize(("body", "given", "used"), [("controller", 2.5, 2.5), ("controller", 0.0, 4.0), (None, 0, 0)])
+def test_a_controller_is_used_with_epochs(body, given, used):
+    rule = RuleConfig(nominal="kronecker_schedule_free", body=body, epochs=given)
+    assert as_used(rule, 1.0).epochs == used

@@ -14,15 +14,16 @@ from gmn_optim.tasks.datasets import load_fashion_mnist_8x8, load_fashion_mnist_
 
 DRAWS = 300
 KINDS = {
-    "fmnist-mlp": r"fmnist(7|8|10|14)-mlp(-\d+){1,4}-(relu|tanh|gelu|silu)-b\d+",
-    "letters-mlp": r"letters-mlp(-\d+){1,3}-(relu|tanh|gelu|silu)-b\d+",
-    "inpainting": r"fmnist(8|10|14)-inpainting(-\d+){1,2}-(relu|tanh|gelu|silu)-b\d+",
+    "fmnist-mlp": r"fmnist(7|8|10|14)FEW-mlp(-\d+){1,4}-(relu|tanh|gelu|silu)-b\d+",
+    "letters-mlp": r"lettersFEW-mlp(-\d+){1,3}-(relu|tanh|gelu|silu)-b\d+",
+    "inpainting": r"fmnist(8|10|14)FEW-inpainting(-\d+){1,2}-(relu|tanh|gelu|silu)-b\d+",
     "autoencoder": r"fmnist(7|8|10|14)-autoencoder-\d+(-\d+-\d+)?-(relu|tanh|gelu|silu)-b\d+",
     "siren": r"(coffee|chelsea|rocket)-siren(-\d+){1,3}-b\d+",
     "fourier": r"(coffee|chelsea|rocket)-fourier(-\d+){1,3}-b\d+",
     "cnn": r"fmnist(8|14)-cnn(-\d+){2,3}-(stride|max|average)-(mean|flatten)-(relu|tanh|gelu|silu)-b\d+",
     "transformer": r"austen-transformer-[12]x\d+-h[124]-c\d+-b\d+",
 }
+FEW = r"(x\d{3,4})?"
 CHANGES = r"(-w\d\.\d\d)?(-x\d\.\d\d)?(-n0\.\d\d)?"
 
 
@@ -35,13 +36,23 @@ def fixture_drawn() -> list[AbstractTask]:
 
 def of_kind(drawn: list[AbstractTask], kind: str) -> list[AbstractTask]:
     """Return the tasks whose name is of a kind."""
-    return [task for task in drawn if re.fullmatch(KINDS[kind] + CHANGES, task.name)]
+    pattern = KINDS[kind].replace("FEW", FEW) + CHANGES
+    return [task for task in drawn if re.fullmatch(pattern, task.name)]
 
 
 def test_every_kind_is_drawn_and_named(drawn: list[AbstractTask]) -> None:
     counts = {kind: len(of_kind(drawn, kind)) for kind in KINDS}
     assert min(counts.values()) > 0 and sum(counts.values()) == DRAWS, counts
     assert 0.35 < counts["fmnist-mlp"] / DRAWS < 0.55
+
+
+def test_a_quarter_of_classifiers_and_regressions_see_few_examples(drawn: list[AbstractTask]) -> None:
+    may = [task for kind in ("fmnist-mlp", "letters-mlp", "inpainting") for task in of_kind(drawn, kind)]
+    few = {task: int(m[1]) for task in may if (m := re.match(r"[a-z]+\d*x(\d+)-", task.name))}
+    assert 0.15 < len(few) / len(may) < 0.35
+    for task, number in few.items():
+        # the last training examples are held out for the meta-loss
+        assert 800 <= number <= 5_000 and len(task.data.train.inputs) <= number
 
 
 def test_tasks_are_small_and_bounded(drawn: list[AbstractTask]) -> None:
@@ -83,7 +94,7 @@ def test_no_draw_holds_data_of_validation_or_test_tasks(monkeypatch: pytest.Monk
     for name in ("load_text", "load_photograph", "family_images"):
         monkeypatch.setattr(mixture, name, noted(getattr(mixture, name)))
     family, generator = families["default"](), torch.Generator().manual_seed(1)
-    for _ in range(100):
+    for _ in range(200):
         family.sample(generator)
     assert seen == {"austen", "coffee", "chelsea", "rocket", 7, 8, 10, 14}
 
@@ -98,6 +109,7 @@ def test_images_and_letters_are_parted() -> None:
     for data, place in (
         (mixture.family_letters(), slice(10_000)),
         (meta_validation_tasks.validation_letters(), slice(10_000, 16_000)),
+        (meta_validation_tasks.validation_letters(1_600), slice(10_000, 11_600)),
     ):
         assert torch.equal(torch.cat([data.train_features, data.test_features]), letters.train_features[place])
 
