@@ -178,16 +178,21 @@ def _look(turned: Sequence[Coordinates]) -> Tensor:
     ratio = _follow(ratio, _log(signal) - _log(noise), (-4.0, 6.0), seen * _weight(ages, NOISE_WEIGHT))
     weight = seen * (share > 0) * _weight(ages, CONCENTRATION_WEIGHT)
     concentration = _follow(concentration, -_log(share), (0.0, MOST_CONCENTRATION), weight)
-    kept, times = follow_rows(memories[:, OF_TRAINING:], [_fingerprints(each) for each in turned])
-    classifies = torch.stack([softmax_of_labels(each.rows.backprops) for each in turned]).any()
-    repetition = torch.lerp(repetition, times * classifies, seen * _weight(ages - 1, REPETITION_WEIGHT))
+    kept, times = _rows_seen(memories[:, OF_TRAINING:], turned)
+    repetition = torch.lerp(repetition, times, seen * _weight(ages - 1, REPETITION_WEIGHT))
     rows = torch.where(seen.unsqueeze(-1) > 0, kept, memories[:, OF_TRAINING:])
     return torch.cat([torch.stack([pace, cosine, ratio, concentration, repetition], dim=-1), rows], dim=-1)
 
 
-def _fingerprints(each: Coordinates) -> Tensor:
-    """Return those of the rows of a look (r), without the 1 of the bias: a row of zeros is none."""
-    return fingerprints(each.rows.activations[..., : each.matrix.inputs])
+def _rows_seen(old: Tensor, turned: Sequence[Coordinates]) -> tuple[Tensor, Tensor]:
+    """Return what is remembered of rows (n, 64), and how often one is seen in this look of a classifier (n)."""
+    on_host = all(each.age is not None for each in turned)
+    # without the 1 of the bias, with which a row of zeros would be one
+    now = [fingerprints(each.rows.activations[..., : each.matrix.inputs]) for each in turned]
+    kept, times = follow_rows(old, now, on_host)
+    if on_host and times.device.type == "cpu" and not times.any():
+        return kept, times
+    return kept, times * torch.stack([softmax_of_labels(each.rows.backprops) for each in turned]).any()
 
 
 def _follow(average: Tensor, now: Tensor, bounds: tuple[float, float], weight: Tensor) -> Tensor:

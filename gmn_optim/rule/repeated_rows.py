@@ -40,7 +40,7 @@ def fingerprints(activations: Tensor) -> Tensor:
     return torch.where(sums.isfinite(), sums - sums.floor(), 0.0)
 
 
-def follow_rows(old: Tensor, seen: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def follow_rows(old: Tensor, seen: Sequence[Tensor], on_host: bool = False) -> tuple[Tensor, Tensor]:
     """Return the rows to remember of each matrix (n, 64), and how often one stands in this look in the mean (n).
 
     What is remembered are the rows of the first look that stand in it once: the others, such as blank patches and
@@ -49,6 +49,7 @@ def follow_rows(old: Tensor, seen: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     Args:
         old: Of each matrix, what is remembered from before (n, 64).
         seen: Of each, the fingerprints of this look (r).
+        on_host: Whether it may be asked what is known, which costs nothing on a CPU.
 
     Example:
         >>> first, again = torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([0.2, 0.5, 0.6, 0.7])
@@ -65,11 +66,10 @@ def follow_rows(old: Tensor, seen: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     number = known.sum(-1)
     times = ((old.unsqueeze(-1) == now.unsqueeze(-2)) & known.unsqueeze(-1)).sum((-2, -1)) / number.clamp_min(1)
     fewest = constant_tensor(tuple(FEWEST_ROWS * min(len(each), KEPT_ROWS) for each in seen), old.dtype, old.device)
-    # sorted, since no order of data points may change what is done; 0 comes last
-    first = now.sort(dim=-1, descending=True).values[..., :KEPT_ROWS]
-    alone = (first.unsqueeze(-1) == now.unsqueeze(-2)).sum(-1) == 1
-    kept = torch.where(known.any(-1, keepdim=True), old, torch.where(alone, first, 0.0))
-    return kept, torch.where(number >= fewest, times.to(old.dtype), 0.0)
+    times = torch.where(number >= fewest, times.to(old.dtype), 0.0)
+    if on_host and old.device.type == "cpu" and number.all():
+        return old, times
+    return torch.where(known.any(-1, keepdim=True), old, _standing_once(now)), times
 
 
 def softmax_of_labels(backprops: Tensor) -> Tensor:
@@ -91,6 +91,14 @@ def softmax_of_labels(backprops: Tensor) -> Tensor:
     total = absolute.sum()
     beyond = (total - 2 * absolute.amax(-1).sum()).abs() + backprops.sum(-1).abs().sum()
     return (beyond <= SOFTMAX_TOLERANCE * total) & (total > 0)
+
+
+def _standing_once(now: Tensor) -> Tensor:
+    """Return those of the first 64 numbers in order (n, 64) that stand once among all (n, r), 0 for the others."""
+    # sorted, since no order of data points may change what is done; 0 comes last
+    first = now.sort(dim=-1, descending=True).values[..., :KEPT_ROWS]
+    alone = (first.unsqueeze(-1) == now.unsqueeze(-2)).sum(-1) == 1
+    return torch.where(alone, first, 0.0)
 
 
 def _padded(seen: Sequence[Tensor]) -> Tensor:
