@@ -11,6 +11,9 @@ from gmn_optim.rule.body import AbstractBody, bodies
 from gmn_optim.rule.memory import factor_memories
 from gmn_optim.rule.nominal import nominal_terms
 
+Check = tuple[str, bool, str]
+"""The name of a value, whether it is good, and what it must be."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RuleConfig:
@@ -83,71 +86,53 @@ class RuleConfig:
         for registry, name in ((nominal_terms, self.nominal), (bodies, self.body), (factor_memories, self.memory)):
             if name is not None or registry is not bodies:
                 registry[str(name)]  # raises with near matches
-        faults = [
-            f"{name} = {value!r} must be {wanted}"
-            for name, value, good, wanted in (
-                ("data_points", self.data_points, is_count(self.data_points, 65_536), "whole, 1 to 65536"),
-                ("follow_every", self.follow_every, is_count(self.follow_every, 1_000), "whole, 1 to 1000"),
-                ("width", self.width, is_count(self.width, 4_096), "whole, 1 to 4096"),
-                ("depth", self.depth, is_count(self.depth, 64), "whole, 1 to 64"),
-                ("alpha", self.alpha, self.alpha is None or _is_positive(self.alpha), "positive, at most 1e6"),
-                ("beta", self.beta, _is_positive(self.beta), "positive, at most 1e6"),
-                (
-                    "largest_pace",
-                    self.largest_pace,
-                    _is_positive(self.largest_pace) and self.largest_pace <= 5,
-                    "positive, at most 5",
-                ),
-                *(
-                    (
-                        name,
-                        value,
-                        value == 0 or (self.body == "controller" and _is_positive(value)),
-                        "0, or positive if the body is a controller",
-                    )
-                    for name, value in (
-                        ("setpoint", self.setpoint),
-                        ("annealing", self.annealing),
-                        ("concentration", self.concentration),
-                        ("epochs", self.epochs),
-                    )
-                ),
-                ("share", self.share, self.share == 0 or _is_positive(self.share), "0 or positive, at most 1e6"),
-                (
-                    "least_size",
-                    self.least_size,
-                    self.least_size == 0 or (self.in_eigenbasis and _is_positive(self.least_size)),
-                    "0, or positive if the body is in the eigenbasis",
-                ),
-                ("share", self.share, self.share == 1 or self.in_eigenbasis, "1 unless the body is in the eigenbasis"),
-                ("guard", self.guard, _is_positive(self.guard), "positive, at most 1e6"),
-                ("gated", self.gated, type(self.gated) is bool, "true or false"),
-                ("scheduled", self.scheduled, type(self.scheduled) is bool, "true or false"),
-                ("decay", self.decay, self.decay == 0 or _is_positive(self.decay), "0 or positive"),
-                ("decay", self.decay, self.decay == 0 or self.scheduled, "0 unless the rule is scheduled"),
-                (
-                    "body",
-                    self.body,
-                    not self.in_eigenbasis or (nominal_terms[self.nominal].uses_factors and not self.gated),
-                    "another with this nominal term, or gated",
-                ),
-                (
-                    "gradmetanet",
-                    self.gradmetanet,
-                    self.gradmetanet is None or self.body is not None,
-                    "None if body is None",
-                ),
-                (
-                    "gradmetanet",
-                    self.gradmetanet,
-                    self.gradmetanet is None or not self.in_eigenbasis or bodies[str(self.body)].takes_gradmetanet,
-                    "None with this body",
-                ),
-            )
-            if not good
-        ]
+        checks = [*self._ranges(), *self._of_controllers(), *self._of_eigenbases(), *self._of_parts()]
+        faults = [f"{name} = {getattr(self, name)!r} must be {wanted}" for name, good, wanted in checks if not good]
         if faults:
             raise InvalidArgumentError("unusable rule configuration: " + "; ".join(faults))
+
+    def _ranges(self) -> list[Check]:
+        """Return what each value is checked for by itself."""
+        counts = {"data_points": 65_536, "follow_every": 1_000, "width": 4_096, "depth": 64}
+        truths = "gated", "scheduled"
+        return [
+            *((name, is_count(getattr(self, name), most), f"whole, 1 to {most}") for name, most in counts.items()),
+            ("alpha", self.alpha is None or _is_positive(self.alpha), "positive, at most 1e6"),
+            *((name, _is_positive(getattr(self, name)), "positive, at most 1e6") for name in ("beta", "guard")),
+            ("largest_pace", _is_positive(self.largest_pace) and self.largest_pace <= 5, "positive, at most 5"),
+            ("share", self.share == 0 or _is_positive(self.share), "0 or positive, at most 1e6"),
+            ("decay", self.decay == 0 or _is_positive(self.decay), "0 or positive"),
+            *((name, type(getattr(self, name)) is bool, "true or false") for name in truths),
+        ]
+
+    def _of_controllers(self) -> list[Check]:
+        """Return checks of what belongs to a controller alone."""
+        names, is_controller = ("setpoint", "annealing", "concentration", "epochs"), self.body == "controller"
+        values = {name: getattr(self, name) for name in names}
+        return [
+            (name, value == 0 or (is_controller and _is_positive(value)), "0, or positive if the body is a controller")
+            for name, value in values.items()
+        ]
+
+    def _of_eigenbases(self) -> list[Check]:
+        """Return checks of what belongs to a body in the eigenbasis alone, and of its nominal term."""
+        good_size = self.least_size == 0 or (self.in_eigenbasis and _is_positive(self.least_size))
+        good_body = not self.in_eigenbasis or (nominal_terms[self.nominal].uses_factors and not self.gated)
+        return [
+            ("least_size", good_size, "0, or positive if the body is in the eigenbasis"),
+            ("share", self.share == 1 or self.in_eigenbasis, "1 unless the body is in the eigenbasis"),
+            ("body", good_body, "another with this nominal term, or gated"),
+        ]
+
+    def _of_parts(self) -> list[Check]:
+        """Return checks of parts that need another one."""
+        reads = self.gradmetanet is not None
+        takes = not self.in_eigenbasis or bodies[str(self.body)].takes_gradmetanet
+        return [
+            ("decay", self.decay == 0 or self.scheduled, "0 unless the rule is scheduled"),
+            ("gradmetanet", not reads or self.body is not None, "None if body is None"),
+            ("gradmetanet", not reads or takes, "None with this body"),
+        ]
 
     @property
     def in_eigenbasis(self) -> bool:

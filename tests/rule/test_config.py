@@ -47,6 +47,13 @@ WRONG = {
     "alpha": [0.0, -1.0, math.inf, math.nan],
     "beta": [0.0, -0.1, math.inf, math.nan],
     "guard": [0.0, -1.0, math.nan],
+    "follow_every": [0, 1_001],
+    "largest_pace": [0.0, 5.1],
+    "decay": [-1.0, 1.0],
+    "gated": [1],
+    "scheduled": ["yes"],
+    **dict.fromkeys(("setpoint", "annealing", "concentration", "epochs", "least_size"), [-1.0, 0.5, math.nan]),
+    "share": [-1.0, 0.5, math.inf],
 }
 
 
