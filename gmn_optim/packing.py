@@ -88,6 +88,10 @@ def _exchange_chunk(chunk: Chunk, flat: ChunkState, state: StateByName) -> None:
 def _exchange_basis(basis: Basis, entries: MutableMapping[str, Any]) -> None:
     """Fill one matrix's basis from the entries of its weight, all of it or nothing, and put its tensors there."""
     views = {f"basis_{field}": value for field, value in basis._asdict().items()}
+    memory, view = entries.get("basis_memory"), views["basis_memory"]
+    if isinstance(memory, Tensor) and memory.ndim == 1 and 0 < len(memory) < len(view):
+        # an older version remembered less of a training; the rest starts anew
+        entries["basis_memory"] = torch.nn.functional.pad(memory, (0, len(view) - len(memory)))
     if any(getattr(entries.get(key), "shape", None) != view.shape for key, view in views.items()):
         # with another bias or limit the sides are others; the weight's size before the first step is what it was
         entries.update(dict.fromkeys(key for key in views if key != "basis_size"))

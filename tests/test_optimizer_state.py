@@ -169,6 +169,25 @@ def test_a_state_of_an_older_version_is_filled_up(make_model, batches, arm, miss
     assert reloaded.param_groups[0][missing] == optimizer.param_groups[0][missing]
 
 
+def test_a_shorter_memory_of_an_older_version_is_filled_up(make_model, batches) -> None:
+    model, other = make_model(), make_model()
+    optimizer, reloaded = optimizer_for(model, "controller"), optimizer_for(other, "controller")
+    train(model, optimizer, batches[:4])
+    state = copy.deepcopy(optimizer.state_dict())
+    for entries in state["state"].values():
+        if "basis_memory" in entries:
+            entries["basis_memory"] = entries["basis_memory"][:4].clone()
+    for entries in optimizer.state.values():
+        if "basis_memory" in entries:
+            entries["basis_memory"][4:] = 0
+    other.load_state_dict(model.state_dict())
+    reloaded.load_state_dict(state)
+    train(model, optimizer, batches[4:])
+    train(other, reloaded, batches[4:])
+    assert_same(other, model)
+    assert_equal_states(reloaded.state_dict(), optimizer.state_dict())
+
+
 def test_loading_does_not_change_the_given_dict_now_or_later(make_model, batches, arm) -> None:
     model, other = make_model(), make_model()
     optimizer, reloaded = optimizer_for(model, arm), optimizer_for(other, arm)
