@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from gmn_optim.nn.product import FeatureRun
 from gmn_optim.registry import Registry
 from gmn_optim.rule.coordinates import Coordinates
+from gmn_optim.rule.falling_bound import FallingBound
 from gmn_optim.rule.features import TIME_SCALES
 from gmn_optim.rule.matrices import Matrix
 
@@ -69,15 +70,8 @@ class AbstractMatrixBody(nn.Module, ABC):
             alpha: Step size ().
         """
 
-    def set_up(
-        self,
-        setpoint: float,
-        largest_pace: float,
-        annealing: float = 0.0,
-        concentration: float = 0.0,
-        epochs: float = 0.0,
-    ) -> None:
-        """Take what a configuration says of controllers; others have nothing to set up."""
+    def set_up(self, setpoint: float, bound: FallingBound) -> None:
+        """Take what a configuration says of controllers, and the bound of their pace; others have nothing to set up."""
 
     @abstractmethod
     def hold(self, turned: Sequence[Coordinates], matrices: Sequence[Matrix]) -> list[MatrixChange]:

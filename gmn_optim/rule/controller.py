@@ -110,21 +110,13 @@ class Controller(AbstractMatrixBody):
             nn.init.zeros_(parameter)
         self.first_pace = nn.Parameter(torch.zeros(()))
 
-    def set_up(
-        self,
-        setpoint: float,
-        largest_pace: float,
-        annealing: float = 0.0,
-        concentration: float = 0.0,
-        epochs: float = 0.0,
-    ) -> None:
+    def set_up(self, setpoint: float, bound: FallingBound) -> None:
         """Bound the pace and, with a setpoint, hold the mean cosine at minus that: faster above it, slower below.
 
-        With annealing over so many steps the bound falls, with concentration, the k of the class, and in so many
-        epochs. Where the gradients of data points agree, steps that overshoot a little do no harm, so the cosine is
-        held at a lower value there.
+        Where the gradients of data points agree, steps that overshoot a little do no harm, so the cosine is held at a
+        lower value there.
         """
-        self.bound = FallingBound(largest_pace, annealing, concentration, epochs)
+        self.bound = bound
         if setpoint:
             with torch.no_grad():
                 self.linear.weight[0, MEAN_COSINE], self.linear.weight[0, MEAN_RATIO] = PROPORTION, ALLOWANCE

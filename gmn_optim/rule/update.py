@@ -16,6 +16,7 @@ from gmn_optim.rule.basis import Basis
 from gmn_optim.rule.body import bodies
 from gmn_optim.rule.config import RuleConfig
 from gmn_optim.rule.eigenbasis_steps import EigenbasisSteps
+from gmn_optim.rule.falling_bound import FallingBound
 from gmn_optim.rule.features import (
     DECAYS,
     TIME_SCALES,
@@ -132,8 +133,8 @@ class UpdateRule(nn.Module):
         if config.in_eigenbasis:
             self.body = bodies[config.body](config.width, config.gradmetanet, config.data_points, config.share)
             self.nominal.serve_body(self.body.buffers_per_parameter, self.body.memory_per_matrix)
-            bound = config.largest_pace, config.annealing, config.concentration, config.epochs
-            self.body.set_up(config.setpoint, *bound)
+            bound = FallingBound(config.largest_pace, config.annealing, config.concentration, config.epochs)
+            self.body.set_up(config.setpoint, bound)
         elif config.body is not None:
             self.beta = LogScalar(config.beta)
             self.body = bodies[config.body](3 + len(DECAYS), 2 if config.gated else 1, config.width, config.depth)

@@ -9,6 +9,7 @@ from gmn_optim.between_looks.pacing import AveragingWeights, Lengths, bound_of, 
 from gmn_optim.rule.bounded_steps import bounded
 from gmn_optim.rule.controller import Controller
 from gmn_optim.rule.coordinates import Coordinates
+from gmn_optim.rule.falling_bound import FallingBound
 from gmn_optim.rule.layout import Layout, Segment, build_chunks
 from gmn_optim.rule.schedule_free import _weights
 
@@ -45,7 +46,7 @@ def held(memory: torch.Tensor, age: int, body: Controller) -> list[torch.Tensor]
 def test_gains_are_those_of_the_controller(age: int, setting: tuple[float, ...], share: float, first: float) -> None:
     body = Controller(4, None, 0, share=share).double()
     body.first_pace.data.fill_(first)
-    body.set_up(0.012, *setting)
+    body.set_up(0.012, FallingBound(*setting))
     generator = torch.Generator().manual_seed(age)
     for _ in range(10):
         memory = torch.randn(3, 5, generator=generator).double()

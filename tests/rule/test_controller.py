@@ -10,7 +10,7 @@ from gmn_optim.rule.basis import init_basis
 from gmn_optim.rule.controller import LEAST_PACE, RATE, Controller
 from gmn_optim.rule.coordinates import Coordinates, TurnedRows
 from gmn_optim.rule.eigenbasis_steps import EigenbasisSteps
-from gmn_optim.rule.falling_bound import LEAST_BOUND
+from gmn_optim.rule.falling_bound import LEAST_BOUND, FallingBound
 from gmn_optim.rule.layout import Layout, Segment, build_chunks
 from gmn_optim.rule.look_schedule import Look
 from tests import reference
@@ -167,7 +167,7 @@ def test_between_looks_the_pace_holds_and_the_cosine_goes_on() -> None:
 @pytest.mark.parametrize(("bias", "bound"), [(100.0, 0.4), (-100.0, LEAST_PACE)])
 def test_the_pace_has_bounds(bias: float, bound: float) -> None:
     body, memory = make_body(bias=bias), remembering()
-    body.set_up(0.0, largest_pace=0.4)
+    body.set_up(0.0, FallingBound(largest_pace=0.4))
     for age in range(1, 60):
         memory = look(body, see(age, memory))[1]
     assert memory[0].item() == bound
@@ -179,7 +179,7 @@ def test_the_pace_has_bounds(bias: float, bound: float) -> None:
 @pytest.mark.parametrize("on_host", [False, True])
 def test_with_annealing_the_largest_pace_falls(pace: float, age: int, wanted: float, on_host: bool) -> None:
     body, memory = make_body(), remembering(pace, 0.0, 0.0, 0.0)
-    body.set_up(0.0, largest_pace=0.4, annealing=50.0)
+    body.set_up(0.0, FallingBound(largest_pace=0.4, annealing=50.0))
     each = see(age, memory, average=torch.zeros(1, 4, 3).double())._replace(age=age if on_host else None)
     ((looked, after),) = body([each], [draw(1, 4, 3)], [MATRIX] * 4, ALPHA)
     held = body.hold([each], [MATRIX] * 4)[0].gain
@@ -195,7 +195,7 @@ def test_the_largest_pace_falls_where_few_rows_make_gradients_in_every_matrix(
     concentrations: tuple[float, float], fallen: float
 ) -> None:
     body = make_body()
-    body.set_up(0.0, largest_pace=0.4, concentration=2.0)
+    body.set_up(0.0, FallingBound(largest_pace=0.4, concentration=2.0))
     seen = [see(9, remembering(0.4, -0.1, 0.0, each)) for each in concentrations]
     for change in body.hold(seen, MODEL):
         assert math.log1p(change.gain.item()) == pytest.approx(max(0.4 - fallen, LEAST_BOUND))
@@ -203,7 +203,7 @@ def test_the_largest_pace_falls_where_few_rows_make_gradients_in_every_matrix(
 
 def test_both_causes_add_up() -> None:
     body, each = make_body(), see(100, remembering(0.4, -0.1, 0.0, 0.75))
-    body.set_up(0.0, largest_pace=0.4, annealing=100.0, concentration=2.0)
+    body.set_up(0.0, FallingBound(largest_pace=0.4, annealing=100.0, concentration=2.0))
     gain = body.hold([each], MODEL)[0].gain
     assert math.log1p(gain.item()) == pytest.approx(0.4 - math.log(1 + 100 / (100 * 4)) - 2.0 * 0.25)
 
@@ -211,7 +211,7 @@ def test_both_causes_add_up() -> None:
 @pytest.mark.parametrize(("cosine", "share"), [(-0.5, 1.0), (0.05, 0.5), (0.2, 0.0)])
 def test_the_largest_pace_falls_less_while_gradients_agree_with_the_steps(cosine: float, share: float) -> None:
     body, each = make_body(), see(100, remembering(0.4, cosine, 0.0, 0.0))
-    body.set_up(0.0, largest_pace=0.4, annealing=50.0)
+    body.set_up(0.0, FallingBound(largest_pace=0.4, annealing=50.0))
     across = cut(torch.zeros_like(each.gradient))  # a cosine of zero, of which the memory takes a fifth
     each = each._replace(average=across, basis=each.basis._replace(memory=each.basis.memory / 0.8))
     gain = body.hold([each], [MATRIX])[0].gain
@@ -227,7 +227,7 @@ def test_annealing_leaves_alone_what_the_controller_does_not_serve(
 ) -> None:
     layout = Layout(tuple(build_chunks([Segment("0.weight", (4, 3), "0", role)], True)))
     body, each = make_body(), see(1_000, remembering())
-    body.set_up(0.0, largest_pace=0.4, annealing=10.0)
+    body.set_up(0.0, FallingBound(largest_pace=0.4, annealing=10.0))
     rows = each.rows if follow and role == "weight" else None
     basis = each.basis._replace(size=torch.tensor(size / 3).double())  # torch's initialization has 1 / sqrt(3 inputs)
     each = each._replace(matrix=layout.matrices[0], rows=rows, basis=basis)
@@ -259,7 +259,7 @@ def test_factors_that_are_not_finite_are_forgotten(bad: float) -> None:
 
 def test_with_a_setpoint_it_holds_the_cosine_there() -> None:
     body = Controller(4, None, 0).double()
-    body.set_up(0.02, largest_pace=0.8)
+    body.set_up(0.02, FallingBound(largest_pace=0.8))
     memory = remembering(0.0, -0.02, 0.0, 0.0)
     each = see(9, memory, average=torch.zeros(1, 4, 3).double())
     ((_, above),) = body(
