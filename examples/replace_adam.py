@@ -3,7 +3,9 @@
     python examples/replace_adam.py
 
 Adam is tuned over twenty step sizes on validation images; GMNOptimizer runs untuned, with the weights that ship with
-the package. Prints a table on test images and draws the curves to ``replace_adam.png``.
+the package. Of it two things are measured: the parameters in training, for which nothing but Adam's line is replaced,
+and their averages, for which ``eval()`` is called before each measurement and ``train()`` after it. Prints a table on
+test images and draws the curves to ``replace_adam.png``.
 """
 
 import argparse
@@ -58,10 +60,14 @@ class Data(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One training: losses at steps 0, every, 2 every, ... and the seconds that all steps took."""
+    """One training: losses at steps 0, every, 2 every, ... and the seconds that all steps took.
+
+    ``averaged`` are test losses of averages, where the optimizer has any.
+    """
 
     validation: list[float]
     test: list[float]
+    averaged: list[float]
     seconds: float
 
 
@@ -83,7 +89,8 @@ def train(make_optimizer: MakeOptimizer, data: Data, seed: int, settings: Settin
     model = nn.Sequential(nn.Linear(64, settings.hidden), nn.ReLU(), nn.Linear(settings.hidden, 10))
     batches = torch.randint(len(data.train.labels), (settings.steps, settings.batch_size))
     optimizer = make_optimizer(model)
-    validation, test, seconds = [measure(model, data.validation)], [measure(model, data.test)], 0.0
+    run = Run([], [], [], 0.0)
+    note_losses(run, model, optimizer, data)
     for start in range(0, settings.steps, settings.every):
         began = time.perf_counter()
         for batch in batches[start : start + settings.every]:
@@ -91,10 +98,19 @@ def train(make_optimizer: MakeOptimizer, data: Data, seed: int, settings: Settin
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        seconds += time.perf_counter() - began
-        validation.append(measure(model, data.validation))
-        test.append(measure(model, data.test))
-    return Run(validation, test, seconds)
+        run = run._replace(seconds=run.seconds + time.perf_counter() - began)
+        note_losses(run, model, optimizer, data)
+    return run
+
+
+def note_losses(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, data: Data) -> None:
+    """Append the losses of a model in training, and of its averages."""
+    run.validation.append(measure(model, data.validation))
+    run.test.append(measure(model, data.test))
+    if isinstance(optimizer, GMNOptimizer):
+        optimizer.eval()
+        run.averaged.append(measure(model, data.test))
+        optimizer.train()
 
 
 @torch.no_grad()
@@ -133,24 +149,22 @@ def steps_to(curve: Sequence[float], target: float, every: int) -> float:
 
 def compare(adam_lr: float, adam: list[Run], gmn: list[Run], settings: Settings) -> str:
     """Return the table; the target is the lowest point of tuned Adam's mean test curve."""
-    adam_curve, gmn_curve = (mean_curve([run.test for run in runs]) for runs in (adam, gmn))
-    target = min(adam_curve)
-    needed = [steps_to(curve, target, settings.every) for curve in (adam_curve, gmn_curve)]
-    per_step = [sum(run.seconds for run in runs) / len(runs) / settings.steps for runs in (adam, gmn)]
-    time_per_step = per_step[1] / per_step[0]
-    header = ("optimizer", "best test loss", f"steps to {target:.4f}", "step ratio", "time per step", "time to target")
-    rows = [header, (f"Adam, lr {adam_lr:g} (tuned)", f"{target:.4f}", f"{needed[0]:.0f}", "1.00", "1.00", "1.00")]
-    reached = math.isfinite(needed[1])
-    rows.append(
-        (
-            "GMNOptimizer(model)",
-            f"{min(gmn_curve):.4f}",
-            f"{needed[1]:.0f}" if reached else "not reached",
-            f"{needed[1] / needed[0]:.2f}" if reached else "-",
-            f"{time_per_step:.2f}",
-            f"{needed[1] / needed[0] * time_per_step:.2f}" if reached else "-",
-        )
-    )
+    target = min(mean_curve([run.test for run in adam]))
+    curves = {
+        f"Adam, lr {adam_lr:g} (tuned)": mean_curve([run.test for run in adam]),
+        "GMNOptimizer(model)": mean_curve([run.test for run in gmn]),
+        "the same after eval()": mean_curve([run.averaged for run in gmn]),
+    }
+    seconds = {label: sum(run.seconds for run in (gmn if number else adam)) for number, label in enumerate(curves)}
+    rows = [("optimizer", "best test loss", f"steps to {target:.4f}", "step ratio", "time per step", "time to target")]
+    first = None
+    for label, curve in curves.items():
+        needed = steps_to(curve, target, settings.every)
+        first = first or (needed, seconds[label])
+        steps, time_per_step = needed / first[0], seconds[label] / first[1]
+        shown = (f"{needed:.0f}", f"{steps:.2f}") if math.isfinite(needed) else ("not reached", "-")
+        to_target = f"{steps * time_per_step:.2f}" if math.isfinite(needed) else "-"
+        rows.append((label, f"{min(curve):.4f}", *shown, f"{time_per_step:.2f}", to_target))
     return format_table(rows)
 
 
@@ -163,18 +177,18 @@ def draw(adam_lr: float, adam: list[Run], gmn: list[Run], settings: Settings, pa
 
     figure, axes = pyplot.subplots(figsize=(7.5, 4.5), layout="constrained")
     steps = range(0, settings.steps + 1, settings.every)
-    for label, runs, color in (
-        (f"Adam, tuned (lr {adam_lr:g})", adam, "#777777"),
-        ("GMNOptimizer, untuned", gmn, "#c2410c"),
+    for label, curves, color in (
+        (f"Adam, tuned (lr {adam_lr:g})", [run.test for run in adam], "#777777"),
+        ("GMNOptimizer, untuned", [run.test for run in gmn], "#c2410c"),
+        ("the same after eval(): averages", [run.averaged for run in gmn], "#1d4ed8"),
     ):
-        curves = [run.test for run in runs]
         axes.plot(steps, mean_curve(curves), color=color, label=label, linewidth=1.8)
         low, high = ([pick(values) for values in zip(*curves, strict=True)] for pick in (min, max))
         axes.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
     target = min(mean_curve([run.test for run in adam]))
     axes.axhline(target, color="#777777", linestyle=":", linewidth=1)
     axes.annotate(f"Adam's best, {target:.3f}", (0, target), (8, -4), textcoords="offset points", ha="left", va="top")
-    bottom = min(target - 0.04, *(min(run.test) - 0.01 for run in gmn))
+    bottom = min(target - 0.04, *(min(run.averaged) - 0.01 for run in gmn))
     axes.set(xlabel="step", ylabel="test loss", xlim=(0, settings.steps), ylim=(bottom, target + 0.36))
     axes.set_title(f"Fashion-MNIST 8x8, MLP 64-{settings.hidden}-10: mean and range of {len(settings.seeds)} seeds")
     axes.legend(frameon=False)

@@ -86,7 +86,8 @@ def describe_protocol(results: Mapping[str, Any]) -> str:
     settings = results["settings"]
     most = "each task's horizon" if settings["horizon"] is None else f"at most {settings['horizon']} steps"
     seeds = f"{len(settings['seeds'])} seeds" if len(settings["seeds"]) > 1 else "1 seed"
-    return f"{settings['split'].capitalize()} loss every {settings['every']} steps, {most}, {seeds}."
+    what = "loss of averages" if settings.get("averages") else "loss"
+    return f"{settings['split'].capitalize()} {what} every {settings['every']} steps, {most}, {seeds}."
 
 
 def family_table(figures: Mapping[str, Any]) -> str:

@@ -50,6 +50,7 @@ def add_validate(commands: Any) -> None:
     command.add_argument("--horizon", type=int, help="most inner steps of a training; the task's horizon if none")
     command.add_argument("--every", type=int, default=50, help="inner steps between two measurements")
     command.add_argument("--seeds", type=int, nargs="+", default=[10_001, 10_002], help="of the trainings")
+    command.add_argument("--averages", action="store_true", help="measure the averages of parameters")
     command.add_argument("--share", type=float, default=1.0, help="of the learned term; 0 is the nominal term alone")
     _add_common(command)
     command.set_defaults(run=_validate)
@@ -173,7 +174,7 @@ def _validate(options: argparse.Namespace) -> None:
     from gmn_optim.metatrain.validation import Validation
 
     _set_threads(options)
-    protocol = Protocol(tuple(options.seeds), options.horizon, options.every)
+    protocol = Protocol(tuple(options.seeds), options.horizon, options.every, averages=options.averages)
     validation = Validation(options.folder, protocol, names=options.tasks, share=options.share)
     found = {step: each.to_dict() for step, each in validation.run(options.step, not options.quiet).items()}
     choice = choose_summary([{"step": step, **figures} for step, figures in found.items()])

@@ -30,6 +30,10 @@ class InvalidArgumentError(GMNError, ValueError):
     """An argument has a value that makes no sense; the message names it, the value and the valid range."""
 
 
+class EvaluationModeError(GMNError, RuntimeError):
+    """A step was asked for while the parameters are the averages that evaluation sees."""
+
+
 class CaptureError(GMNError, RuntimeError):
     """Captured factors cannot be put together or do not belong to this model."""
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gmn_optim.averages import EvaluationMode, find_averages, warn_of_unknown_averages
 from gmn_optim.capture import GradientCapture, Verification
 from gmn_optim.copying import once_whole
-from gmn_optim.errors import InvalidParameterError
+from gmn_optim.errors import EvaluationModeError, InvalidParameterError
 from gmn_optim.explanation import Routing
 from gmn_optim.hyperparameters import (
     DEFAULT_NOMINAL,
@@ -113,6 +114,7 @@ class GMNOptimizer(torch.optim.Optimizer):
         self._verdicts: dict[str, Verification] = {}
         self._places: dict[int, Place] = {}
         self._warned: set[str] = set()
+        self._evaluation = EvaluationMode({})
         super().__init__(model.parameters() if params is None else params, defaults)
         require_own_parameters(model, self.param_groups)
         self._attach()
@@ -148,7 +150,13 @@ class GMNOptimizer(torch.optim.Optimizer):
 
         Raises:
             InvalidParameterError: a gradient is sparse, or parameters with gradients are on several devices.
+            EvaluationModeError: parameters are their averages, see :meth:`eval`.
         """
+        if self._evaluation.is_on:
+            raise EvaluationModeError(
+                "step() was called after eval(), while parameters are their averages; call train() before the forward "
+                "pass of a training step"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -161,6 +169,45 @@ class GMNOptimizer(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
         if self._capture is not None:
             self._capture.clear()
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Set parameters to their averages, which have less of the last batches' noise, until :meth:`train` is called.
+
+        A loop that never calls it trains as well; it evaluates, and saves, parameters as they are in training. Called
+        before an evaluation, and before the trained model is saved, it is what a learning rate that decays would be
+        good for. Where steps are not averaged parameters stay as they are. Models and optimizers that are saved
+        together must be saved in the same of the two modes. Averages are exact while lr stays; just after it has risen
+        many times, as at a warm restart, they are no use.
+
+        Example:
+            >>> model = nn.Linear(8, 1)
+            >>> optimizer = GMNOptimizer(model)
+            >>> for _ in range(3):
+            ...     optimizer.zero_grad()
+            ...     model(torch.randn(32, 8)).square().mean().backward()
+            ...     optimizer.step()
+            >>> trained = model.weight.detach().clone()
+            >>> optimizer.eval()
+            >>> torch.equal(model.weight, trained)
+            False
+            >>> optimizer.train()
+            >>> torch.equal(model.weight, trained)
+            True
+
+        Reference:
+            Defazio et al. (2024), "The road less scheduled", arXiv 2405.15682.
+        """
+        if not self._evaluation.is_on:
+            found = find_averages(self.param_groups, self.state, self._stepper.step_size)
+            warn_of_unknown_averages(self._rule, self.state)
+            self._evaluation.enter(found, self.state)
+
+    @torch.no_grad()
+    def train(self) -> None:
+        """Set parameters to what they were before :meth:`eval`, bit for bit; elements that were changed since stay."""
+        if self._evaluation.is_on:
+            self._evaluation.leave(self.state)
 
     def close(self) -> None:
         """Remove every hook from the model. Later steps take the nominal term alone."""
@@ -257,7 +304,7 @@ class GMNOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy needs: the base's parts, the model and the rule. Hooks and flat tensors are made anew."""
-        made_anew = {"_capture", "_stepper", "step"}  # schedulers put a wrapped step on the instance
+        made_anew = {"_capture", "_stepper", "_evaluation", "step"}  # schedulers put a wrapped step on the instance
         state = {key: value for key, value in self.__dict__.items() if key not in made_anew}
         dropped = [
             key
@@ -275,10 +322,11 @@ class GMNOptimizer(torch.optim.Optimizer):
                 if key != "differentiable":  # torch puts it into the defaults of every copy
                     group.setdefault(key, value)
         if "_model" in state:
-            self._capture, self._stepper = None, Stepper(self._rule)
+            self._capture, self._stepper, self._evaluation = None, Stepper(self._rule), EvaluationMode({})
             is_closed = self.__dict__.pop("_is_closed", False)
             once_whole(self._model, self._attach_and_close if is_closed else self._attach)
         self._stepper.forget()
+        self._evaluation.read(self.state)
 
     # ------------------------------------------------------------------ the step without its closure
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gmn_optim.allocation import keep_freed_memory
+from gmn_optim.averages import begin_shares, keep_shares
 from gmn_optim.between_looks import StepsBetweenLooks
 from gmn_optim.capture import GradientCapture, Verification
 from gmn_optim.gradients import DecomposedGradient
@@ -82,6 +83,7 @@ class Stepper:
         self._rule = rule
         self._converted: dict[tuple[torch.dtype, torch.device], UpdateRule] = {}
         self._plan: _Plan | None = None
+        self._with_shares: _Plan | None = None
 
     @property
     def reads_factors(self) -> bool:
@@ -90,7 +92,11 @@ class Stepper:
 
     def forget(self) -> None:
         """Pack the optimizer's state anew at the next step."""
-        self._plan = None
+        self._plan = self._with_shares = None
+
+    def step_size(self, step: Tensor) -> float:
+        """Return the rule's step size at a step ()."""
+        return self._rule_like(step).step_size(step).item()
 
     def step(
         self,
@@ -113,11 +119,18 @@ class Stepper:
         try:
             if not _take_between_looks(plan, active, log):
                 self._take_by_rule(plan, active, capture, verdicts, log)
+            self._keep_shares(plan, active, state)
             plan.clock.advance()
             log.steps += 1
         except BaseException:  # what the rule found to stay would outlive a step that never was
             self.forget()
             raise
+
+    def _keep_shares(self, plan: _Plan, active: Sequence[ActiveParameter], state: StateByParameter) -> None:
+        """Note what averages weigh after the first step of a plan: it stays, and is known by then."""
+        if self._with_shares is not plan:
+            keep_shares(plan.rule, plan.layout, plan.state, {each.name: state[each.parameter] for each in active})
+            self._with_shares = plan
 
     def _take_by_rule(
         self,
@@ -177,7 +190,9 @@ class Stepper:
         rule = self._rule_like(like)
         keep_freed_memory()
         _take_apart(state, active)
-        packed = pack_state(rule, layout, {each.name: state[each.parameter] for each in active}, like)
+        by_name = {each.name: state[each.parameter] for each in active}
+        packed = pack_state(rule, layout, by_name, like)
+        begin_shares(rule, layout, by_name, like)
         clock = RefreshClock(rule.nominal, packed)
         guarded = [log.guard_counts(chunk, like.device) if chunk.learned else None for chunk in layout.chunks]
         log.measured = []  # of other parameters

@@ -306,6 +306,17 @@ class ScheduleFree(torch.optim.Optimizer):
                 y.copy_((1 - group["beta"]) * state["z"] + group["beta"] * state["x"])
 
 
+def average_of_path(path: Sequence[Tensor], beta: float, sharpness: float) -> Tensor:
+    """Return the average x of the points z that a path ``y = (1 - beta) z + beta x`` was made of, by solving for z."""
+    x = path[0]
+    for number, y in enumerate(path[1:], start=1):
+        share = max(sharpness / (number + sharpness - 1), 0.005)
+        # y = (1 - beta) z + beta ((1 - share) x + share z)
+        z = (y - beta * (1 - share) * x) / (1 - beta + beta * share)
+        x = (1 - share) * x + share * z
+    return x
+
+
 class KroneckerAdam:
     """Adam in an eigenbasis, one matrix (o, i) at a time, by loops over vectors and elements.
 
@@ -344,7 +355,11 @@ class KroneckerAdam:
         turned = self.bases[0].T @ gradient @ self.bases[1]
         self.first = betas[0] * self.first + (1 - betas[0]) * gradient
         first = self.bases[0].T @ self.first @ self.bases[1] / (1 - betas[0] ** self.step)
-        return self.bases[0] @ self._divided(first, turned, betas[1], damping) @ self.bases[1].T
+        return self._bounded(self.bases[0] @ self._divided(first, turned, betas[1], damping) @ self.bases[1].T)
+
+    def _bounded(self, direction: numpy.ndarray) -> numpy.ndarray:
+        """Return a direction, here as it is."""
+        return direction
 
     def _divided(self, first: numpy.ndarray, turned: numpy.ndarray, beta2: float, damping: float) -> numpy.ndarray:
         """Return the averaged gradient over the root of the second moment, in the bases."""
@@ -419,7 +434,7 @@ class KroneckerScheduleFree(KroneckerAdam):
         return self.y
 
     def _divided(self, first: numpy.ndarray, turned: numpy.ndarray, beta2: float, damping: float) -> numpy.ndarray:
-        """Return the gradient over products of row and column, no larger than 1.5 (root mean square)."""
+        """Return the gradient over products of row and column."""
         if not self.factored:
             return super()._divided(first, turned, beta2, damping)
         steps = 1 if self.looks is None else self.looks.get(self.step, 0)
@@ -430,7 +445,13 @@ class KroneckerScheduleFree(KroneckerAdam):
         for (i, j), value in numpy.ndenumerate(turned):
             row, column = self.roots[i].mean() / mean, self.roots[:, j].mean() / mean
             divided[i, j] = value / ((mean * (row + math.sqrt(damping)) + 1e-16) * (column + math.sqrt(damping)))
-        return divided * min(1.0, 1.5 / root_mean_square(divided.flatten().tolist()))
+        return divided
+
+    def _bounded(self, direction: numpy.ndarray) -> numpy.ndarray:
+        """Return a direction no larger than 1.5 (root mean square)."""
+        if not self.factored:
+            return direction
+        return direction * min(1.0, 1.5 / root_mean_square(direction.flatten().tolist()))
 
 
 def most_are_small(weights: Sequence[numpy.ndarray]) -> bool:

@@ -19,21 +19,22 @@ ROWS, DECAYS, DATA_POINTS, FLOAT = 6, 6, 8, 4
 SIDES = 7**2 + 6**2 + 3**2 + 6**2 + 8**2 + 7**2
 BASES = 2 * SIDES + 2 * 3
 
-# Numbers that each arm remembers: buffers of the nominal term, averages, memory of the factors, and numbers of steps.
+# Numbers that each arm remembers: buffers of the nominal term, averages, memory of the factors, and numbers of steps;
+# what averages weigh where steps are averaged.
 STATES = {
     "momentum": PARAMETERS + 1,
     "adam": 2 * PARAMETERS + 1,
     "kronecker_adam": 2 * PARAMETERS + 1 + BASES,
-    "kronecker_schedule_free": 2 * PARAMETERS + 1 + BASES + SIDES,
+    "kronecker_schedule_free": 2 * PARAMETERS + 2 + BASES + SIDES,
     "momentum+ds": (1 + DECAYS) * PARAMETERS + 1,
     "slots": (1 + DECAYS) * PARAMETERS + ROWS * NEURONS * 2 * DECAYS + 2,
     "moments": (2 + DECAYS) * PARAMETERS + NEURONS * 4 * DECAYS + 2,
     "gated": (2 + DECAYS) * PARAMETERS + NEURONS * 4 * DECAYS + 2,
     "kronecker_adam+gmn": (2 + DECAYS) * PARAMETERS + ROWS * NEURONS * 2 * DECAYS + 2 + BASES,
     "scheduled": (2 + DECAYS) * PARAMETERS + ROWS * NEURONS * 2 * DECAYS + 2,
-    "eigenbasis": 4 * PARAMETERS + 1 + BASES + SIDES,
-    "eigenbasis+gmn": 4 * PARAMETERS + 1 + BASES + SIDES,
-    "controller": 2 * PARAMETERS + 1 + BASES + SIDES + (5 + 64) * 3,
+    "eigenbasis": 4 * PARAMETERS + 2 + BASES + SIDES,
+    "eigenbasis+gmn": 4 * PARAMETERS + 2 + BASES + SIDES,
+    "controller": 2 * PARAMETERS + 2 + BASES + SIDES + (5 + 64) * 3,
 }
 
 

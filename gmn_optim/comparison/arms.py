@@ -20,6 +20,8 @@ class OptimizerSet:
     Attributes:
         optimizers: Each with parameters of its own.
         schedulers: Stepped once after the optimizers.
+        switches: Whether optimizers that keep separate weights for evaluation are told when it comes; otherwise those
+            of training are measured.
 
     Example:
         >>> import torch
@@ -34,6 +36,7 @@ class OptimizerSet:
 
     optimizers: Sequence[Optimizer]
     schedulers: Sequence[LRScheduler] = ()
+    switches: bool = True
 
     def zero_grad(self) -> None:
         """Reset all gradients."""
@@ -47,7 +50,7 @@ class OptimizerSet:
 
     def set_training(self, training: bool) -> None:
         """Tell optimizers that keep separate weights for evaluation which of the two are wanted."""
-        for optimizer in self.optimizers:
+        for optimizer in self.optimizers if self.switches else ():
             switch = getattr(optimizer, "train" if training else "eval", None)
             if switch is not None:
                 switch()

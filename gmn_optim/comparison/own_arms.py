@@ -17,8 +17,17 @@ KRONECKER_LRS = geometric_grid(3.2e-4, 3.2e-2)
 
 @register("gmn", lrs=(1.0,), remark="not tuned; chosen on validation tasks of the family default")
 def make_gmn(model: nn.Module, lr: float, total_steps: int) -> torch.optim.Optimizer:
-    """Return GMNOptimizer with the default weights; its grid is lr=1.0 alone: it runs untuned."""
+    """Return GMNOptimizer with the default weights; its grid is lr=1.0 alone: it runs untuned.
+
+    Measured are averages, as ``eval()`` gives them; so they are of the other arms with averaged steps.
+    """
     return GMNOptimizer(model, lr=lr)
+
+
+@register("gmn-drop-in", lrs=(1.0,), remark="the same without eval() and train(), measured as it is in training")
+def make_gmn_drop_in(model: nn.Module, lr: float, total_steps: int) -> OptimizerSet:
+    """Return the same, whose parameters in training are measured: the loop of Adam, with nothing added."""
+    return OptimizerSet([make_gmn(model, lr, total_steps)], switches=False)
 
 
 @register("nominal", lrs=geometric_grid(0.1, 10.0))

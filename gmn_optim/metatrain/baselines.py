@@ -65,10 +65,10 @@ def tune(
     rule = nominal if isinstance(nominal, UpdateRule) else UpdateRule(RuleConfig(nominal=nominal, body=None))
     grid = tuple(lrs) or GRIDS[rule.config.nominal]
     unroll = Unroll(task, rule)
-    validation = sweep_step_sizes(unroll, grid, seeds, "validation", steps, every, progress)
+    validation = sweep_step_sizes(unroll, grid, seeds, "validation", steps, every, progress=progress)
     best = int(validation.held_out.unflatten(1, (len(grid), -1)).mean(2).min(0).values.argmin())
     chosen = slice(best * len(seeds), (best + 1) * len(seeds))
-    test = sweep_step_sizes(unroll, grid[best : best + 1], seeds, "test", steps, every, progress)
+    test = sweep_step_sizes(unroll, grid[best : best + 1], seeds, "test", steps, every, progress=progress)
     return TunedBaseline(grid[best], grid, Curves(*(c if c.dim() == 1 else c[:, chosen] for c in validation)), test)
 
 
@@ -79,6 +79,7 @@ def sweep_step_sizes(
     split: Split,
     steps: int | None,
     every: int,
+    averages: bool = False,
     progress: bool = False,
 ) -> Curves:
     """Return the curves of every step size, seeds of one step size beside one another."""
@@ -87,4 +88,5 @@ def sweep_step_sizes(
     meta = {name: value.expand(count, *value.shape).clone() for name, value in own.items()}
     first = unroll.rule.alpha.initial
     meta["alpha.raw"] = torch.tensor([math.log(lr / first) / SPEED for lr in grid for _ in seeds])
-    return evaluate(unroll, meta, [*seeds] * len(grid), steps=steps, every=every, split=split, progress=progress)
+    how = {"steps": steps, "every": every, "split": split, "averages": averages, "progress": progress}
+    return evaluate(unroll, meta, [*seeds] * len(grid), **how)

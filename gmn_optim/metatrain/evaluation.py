@@ -54,6 +54,7 @@ def evaluate(
     steps: int | None = None,
     every: int = 20,
     split: Split = "validation",
+    averages: bool = False,
     progress: bool = False,
 ) -> Curves:
     """Train from scratch, once per seed, and return the curves.
@@ -65,6 +66,7 @@ def evaluate(
         steps: Inner steps; the task's horizon by default.
         every: Steps between two measurements.
         split: ``validation`` or ``test``.
+        averages: Whether the averages of parameters are measured, see :meth:`gmn_optim.GMNOptimizer.eval`.
         progress: Whether to show a bar.
 
     Example:
@@ -79,9 +81,9 @@ def evaluate(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     state = _start(unroll, generators)
     held_out = unroll.task.held_out(split)
-    points = []
+    points, measured = [], meta if averages else None
     with torch.no_grad():
-        points.append((0, measure(unroll, state, held_out), torch.full((len(seeds),), torch.nan)))
+        points.append((0, measure(unroll, state, held_out, measured), torch.full((len(seeds),), torch.nan)))
         for done in tqdm(
             range(every, steps + 1, every), desc=f"evaluation on {split}", disable=not progress, leave=False
         ):
@@ -89,18 +91,26 @@ def evaluate(
             state, losses = unroll.run(
                 meta, state, tuple(torch.stack(part, dim=1) for part in zip(*batches, strict=True))
             )
-            points.append((done, measure(unroll, state, held_out), losses.mean(0)))
+            points.append((done, measure(unroll, state, held_out, measured), losses.mean(0)))
     at, values, training = zip(*points, strict=True)
     return Curves(torch.tensor(at), torch.stack(values), torch.stack(training))
 
 
-def measure(unroll: Unroll, state: UnrollState, batch: Batch) -> Tensor:
-    """Return the loss of every training on one batch (k), infinity instead of not a number."""
+def measure(unroll: Unroll, state: UnrollState, batch: Batch, meta: Meta | None = None) -> Tensor:
+    """Return the loss of every training on one batch (k), infinity instead of not a number.
+
+    Args:
+        unroll: Task and rule.
+        state: Of the trainings.
+        batch: What is measured on.
+        meta: Meta-parameters of the rule, to measure the averages of parameters; None for parameters in training.
+    """
 
     def loss(flat: tuple[Tensor, ...]) -> Tensor:
         return unroll.task.loss(unroll.unflatten(flat), batch)
 
-    return vmap(loss)(state.parameters).nan_to_num(nan=torch.inf)
+    parameters = state.parameters if meta is None else unroll.averages(meta, state)
+    return vmap(loss)(parameters).nan_to_num(nan=torch.inf)
 
 
 def _start(unroll: Unroll, generators: Sequence[torch.Generator]) -> UnrollState:

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from gmn_optim.errors import InvalidArgumentError
 from gmn_optim.metatrain.trainer_config import TrainerConfig
 
+LATER_SETTINGS = {"averages": False}
+"""Settings that older runs do not tell, with what they were then."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FamilyConfig(TrainerConfig):
@@ -25,6 +28,7 @@ class FamilyConfig(TrainerConfig):
             whose pairs differ by rounding errors alone.
         held_out_every: Inner steps between two measurements of the loss on held-out data, of which the meta-loss is
             made; 0 to make it of the training losses, which rewards memorizing.
+        averages: Whether the averages of parameters are measured there, see :meth:`gmn_optim.GMNOptimizer.eval`.
         frozen: Patterns of names of meta-parameters that meta-training leaves as they are.
 
     Example:
@@ -39,6 +43,7 @@ class FamilyConfig(TrainerConfig):
     standardized: bool = True
     difference_floor: float = 0.0
     held_out_every: int = 10
+    averages: bool = False
     frozen: tuple[str, ...] = ("alpha.raw",)
 
     def __post_init__(self) -> None:
@@ -51,6 +56,10 @@ class FamilyConfig(TrainerConfig):
         if self.held_out_every < 0 or (self.held_out_every and self.truncation % self.held_out_every):
             faults.append(
                 f"held_out_every = {self.held_out_every!r} must divide truncation = {self.truncation!r}, or be 0"
+            )
+        if self.averages and not self.held_out_every:
+            faults.append(
+                "averages = True needs held_out_every, losses of training are those of parameters in training"
             )
         if not 0 <= self.difference_floor < math.inf:
             faults.append(f"difference_floor = {self.difference_floor!r} must be 0 or positive")

@@ -28,6 +28,7 @@ class Protocol(NamedTuple):
         horizon: Most inner steps of a training; None for each task's own horizon.
         every: Steps between two measurements.
         split: Held-out set.
+        averages: Whether the averages of parameters are measured, see :meth:`gmn_optim.GMNOptimizer.eval`.
 
     Example:
         >>> Protocol(seeds=(1,), every=10).steps_of(20), Protocol(seeds=(1,), horizon=12, every=5).steps_of(20)
@@ -38,6 +39,7 @@ class Protocol(NamedTuple):
     horizon: int | None = None
     every: int = 50
     split: Split = "validation"
+    averages: bool = False
 
     def steps_of(self, task_horizon: int) -> int:
         """Return the steps of a training on a task: whole multiples of ``every``.
@@ -99,6 +101,7 @@ def train_curve(name: str, config: RuleConfig, meta: Meta, protocol: Protocol, p
         steps=protocol.steps_of(unroll.task.horizon),
         every=protocol.every,
         split=protocol.split,
+        averages=protocol.averages,
         progress=progress,
     )
     return found.held_out.mean(1).tolist()
@@ -129,5 +132,6 @@ def _sweep(name: str, rule: UpdateRule, grid: Sequence[float], protocol: Protoco
     """Return the curve of a nominal term alone at every step size."""
     unroll = Unroll(tasks[name](), rule)
     steps = protocol.steps_of(unroll.task.horizon)
-    found = sweep_step_sizes(unroll, grid, protocol.seeds, protocol.split, steps, protocol.every, progress)
+    how = protocol.seeds, protocol.split, steps, protocol.every, protocol.averages, progress
+    found = sweep_step_sizes(unroll, grid, *how)
     return found.held_out.unflatten(1, (len(grid), -1)).mean(2).T.tolist()

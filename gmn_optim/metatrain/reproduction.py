@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from gmn_optim.metatrain.family_config import FamilyConfig
+from gmn_optim.metatrain.family_config import LATER_SETTINGS, FamilyConfig
 from gmn_optim.metatrain.log import LOG, read_lines, rounded
 from gmn_optim.metatrain.outer_loop import meta_path
 from gmn_optim.metatrain.runs import kept_steps
@@ -106,7 +106,7 @@ def _rule_words(rule: RuleConfig) -> list[str]:
 
 def _trainer_words(trainer: Mapping[str, Any]) -> list[str]:
     """Return the options of the trainer."""
-    words = []
+    words, trainer = [], {**LATER_SETTINGS, **trainer}
     for setting in fields(FamilyConfig):
         name, value = setting.name, trainer[setting.name]
         if name in _HIDDEN:

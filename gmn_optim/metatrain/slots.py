@@ -112,9 +112,10 @@ class Slot:
             self.state, losses = self.unroll.run(meta, self.state, batches)
             return losses
         held_out, found = draw_held_out(self.task, generator), []
+        measured = meta if self.config.averages else None
         for some in zip(*(part.split(every) for part in batches), strict=True):
             self.state, _ = self.unroll.run(meta, self.state, some)
-            found.append(measure(self.unroll, self.state, held_out))
+            found.append(measure(self.unroll, self.state, held_out, measured))
         return torch.stack(found)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +85,17 @@ class Unroll:
         """Return training batches (steps, unrolls, ...)."""
         return self.task.sample_batch(generator, (steps, unrolls))
 
+    def averages(self, meta: Meta, state: UnrollState) -> tuple[Tensor, ...]:
+        """Return the averages of each chunk's parameters (k, size), under meta-parameters as :meth:`run` takes them."""
+        rule = _Averages(self.rule)
+        meta = {f"rule.{name}": value for name, value in meta.items()}
+        batched = next(iter(meta.values())).dim() > next(self.rule.parameters()).dim()
+
+        def average(own: Meta, each: UnrollState) -> tuple[Tensor, ...]:
+            return functional_call(rule, own, (each.parameters, each.rule, self.layout))
+
+        return vmap(average, in_dims=(0 if batched else None, 0))(meta, state)
+
     def run(self, meta: Meta, state: UnrollState, batches: Batch) -> tuple[UnrollState, Tensor]:
         """Train for as many steps as there are batches (steps, k, ...); return the state and losses (steps, k).
 
@@ -149,6 +160,18 @@ class Unroll:
         for chunk, values in zip(self.layout.chunks, flat, strict=True):
             named.update(chunk.unflatten(values))
         return named
+
+
+class _Averages(nn.Module):
+    """Calls :meth:`UpdateRule.averages`, since ``functional_call`` calls ``forward`` alone."""
+
+    def __init__(self, rule: UpdateRule) -> None:
+        super().__init__()
+        self.rule = rule
+
+    def forward(self, *arguments: Any) -> tuple[Tensor, ...]:
+        """Return the averages."""
+        return self.rule.averages(*arguments)
 
 
 def infer_task_spaces(task: AbstractTask, parameters: Parameters, batch: Batch) -> NeuronSpaces | None:

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from gmn_optim.errors import CheckpointError, InvalidArgumentError
 from gmn_optim.metatrain.checkpoint import load_checkpoint
 from gmn_optim.metatrain.choice import as_used
+from gmn_optim.metatrain.family_config import LATER_SETTINGS
 from gmn_optim.metatrain.family_evaluation import (
     MULTIPLIERS,
     TUNED_ADAM_LRS,
@@ -65,7 +66,8 @@ class Validation:
         self.multipliers = tuple(multipliers)
         self.settings = {**protocol._asdict(), "seeds": list(protocol.seeds), "multipliers": list(self.multipliers)}
         drop_unfinished_line(self.path)
-        self._lines = [line for line in read_lines(self.path) if line["settings"] == self.settings]
+        lines = read_lines(self.path)
+        self._lines = [line for line in lines if {**LATER_SETTINGS, **line["settings"]} == self.settings]
 
     @property
     def share(self) -> float:

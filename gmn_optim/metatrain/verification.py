@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from gmn_optim.errors import InvalidArgumentError, WeightsError
 from gmn_optim.metatrain.export import replay
-from gmn_optim.metatrain.family_config import FamilyConfig
+from gmn_optim.metatrain.family_config import LATER_SETTINGS, FamilyConfig
 from gmn_optim.metatrain.family_trainer import FamilyTrainer
 from gmn_optim.metatrain.reproduction import read_first_steps
 from gmn_optim.metatrain.runs import build_rule
@@ -124,9 +124,10 @@ def trainer_config(card: WeightsCard) -> FamilyConfig:
         0.5
     """
     names = [setting.name for setting in fields(FamilyConfig)]
-    if missing := [name for name in names if name not in card.training]:
+    training = {**LATER_SETTINGS, **card.training}
+    if missing := [name for name in names if name not in training]:
         raise WeightsError(f"the card of {card.name} lacks the settings {', '.join(missing)}; export the run anew")
-    values = {name: card.training[name] for name in names}
+    values = {name: training[name] for name in names}
     return FamilyConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 

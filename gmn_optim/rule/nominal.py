@@ -97,12 +97,15 @@ class AbstractNominalTerm(nn.Module, ABC):
         buffers_per_parameter: How many tensors like the parameter the state holds.
         uses_factors: Whether it looks at the factors of each data point's gradient.
         minds_small_weights: Whether networks most of whose weights are small by design keep the axes for bases.
+        averages_steps: Whether parameters stand between the newest point and an average of all, the first buffer being
+            how far the newest is from the average.
     """
 
     default_alpha: float
     buffers_per_parameter: int
     uses_factors: bool = False
     minds_small_weights: bool = False
+    averages_steps: bool = False
 
     @abstractmethod
     def direction(
@@ -136,6 +139,10 @@ class AbstractNominalTerm(nn.Module, ABC):
     def scalar(self, name: str, turns: Tensor | None) -> Tensor:
         """Return a meta-learned scalar by name (), for a model whose bases turn or, as ``turns`` () says, do not."""
         return getattr(self, name)()
+
+    def average_shares(self, layout: Layout, bases: tuple[Basis, ...]) -> list[Tensor]:
+        """Return what the average weighs in the parameters of each chunk (), known after the first step; or nothing."""
+        return []
 
     def is_due(self, age: int | Tensor) -> bool | Tensor:
         """Return whether a basis is made anew at the step that is its ``age``-th, 1 at the first."""

@@ -11,7 +11,7 @@ from gmn_optim.rule.basis import Basis
 from gmn_optim.rule.coordinates import Coordinates
 from gmn_optim.rule.features import root
 from gmn_optim.rule.kronecker import KroneckerAdamTerm
-from gmn_optim.rule.layout import Chunk
+from gmn_optim.rule.layout import Chunk, Layout
 from gmn_optim.rule.look_schedule import FOLLOW_EVERY
 from gmn_optim.rule.matrices import Matrix
 from gmn_optim.rule.nominal import LEAST_SQUARE, Buffers, ChunkInputs, Surroundings, nominal_terms
@@ -73,6 +73,7 @@ class KroneckerScheduleFreeTerm(KroneckerAdamTerm):
     default_alpha = 0.012
     averages_gradients = False
     minds_small_weights = True
+    averages_steps = True
 
     def __init__(self, refresh_every: int = 50, method: str = "eigh", follow_every: int = FOLLOW_EVERY) -> None:
         super().__init__(refresh_every, method, follow_every)
@@ -110,11 +111,18 @@ class KroneckerScheduleFreeTerm(KroneckerAdamTerm):
             results.append((direction, (average, *seconds)))
         return results, bases
 
+    def average_shares(self, layout: Layout, bases: tuple[Basis, ...]) -> list[Tensor]:
+        """Return what the average weighs in the parameters of each chunk () without a momentum of its own."""
+        turns = self.turns(layout.matrices, bases) if layout.matrices else None
+        return [self._share(chunk, turns) for chunk in layout.chunks]
+
     def _beta_of(self, chunk: Chunk, inputs: ChunkInputs, around: Surroundings) -> Tensor:
         """Return the share of the average in the parameters of a chunk ()."""
-        if inputs.momentum is not None:
-            return inputs.momentum
-        beta = self.scalar("beta", around.turns)
+        return self._share(chunk, around.turns) if inputs.momentum is None else inputs.momentum
+
+    def _share(self, chunk: Chunk, turns: Tensor | None) -> Tensor:
+        """Return the same where there is no momentum in its place ()."""
+        beta = self.scalar("beta", turns)
         return beta.clamp_min(MISSED_BETA) if chunk.missed else beta
 
     def scalar(self, name: str, turns: Tensor | None) -> Tensor:

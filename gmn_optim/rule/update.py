@@ -220,6 +220,20 @@ class UpdateRule(nn.Module):
         updates, states = tuple(update for update, _ in results), tuple(new for _, new in results)
         return updates, RuleState(states, memory, step, bases)
 
+    def averages(self, parameters: tuple[Tensor, ...], state: RuleState, layout: Layout) -> tuple[Tensor, ...]:
+        """Return the averages of each chunk's parameters (size), at lr 1; the parameters where steps are not averaged.
+
+        Args:
+            parameters: Flat parameters of each chunk (size).
+            state: As a call returned it with these parameters.
+            layout: Which parameters stand where.
+        """
+        shares = self.nominal.average_shares(layout, state.bases)
+        if not shares:
+            return parameters
+        each = zip(parameters, state.chunks, shares, strict=True)
+        return tuple(flat + self.step_size(own.step) * (1 - share) * own.nominal[0] for flat, own, share in each)
+
     def _learned_steps(
         self, layout: Layout, parameters: Sequence[Tensor], step: Tensor, constants: TrainingConstants
     ) -> EigenbasisSteps | None:

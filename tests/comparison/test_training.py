@@ -12,7 +12,7 @@ from gmn_optim.tasks.quadratic import QuadraticTask
 from gmn_optim.weights import load_weights
 from tests.comparison.problems import NextTokenTask, TeacherTask
 
-LRS = {"gmn": 1.0, "nominal": 1.0, "sgd-momentum": 0.03, "shampoo": 0.1, "kfac": 0.1}
+LRS = {"gmn": 1.0, "gmn-drop-in": 1.0, "nominal": 1.0, "sgd-momentum": 0.03, "shampoo": 0.1, "kfac": 0.1}
 NAMES = [name for name in arms if not name.startswith("example")]
 
 
@@ -76,6 +76,20 @@ def test_hooks_see_the_passes_of_a_task():
     rows = optimizer.summary().rows
     assert any("Kronecker factors of each data point" in row.because for row in rows)
     assert not any("do not" in row.because for row in rows)
+
+
+@pytest.mark.parametrize(("name", "is_averaged"), [("gmn", True), ("gmn-drop-in", False), ("nominal", True)])
+def test_own_arms_are_measured_at_their_averages_but_the_drop_in(name, is_averaged):
+    loop = TrainingLoop(TeacherTask(), arms[name], Setting(1.0), seed=1, total_steps=10)
+    for _ in range(10):
+        loop.step()
+    (optimizer,), batch = loop.optimizers.optimizers, loop.task.held_out("test")
+    measured = loop.measure(batch)
+    plain = loop.task.loss(dict(loop.module.named_parameters()), batch).item()
+    optimizer.eval()
+    averaged = loop.task.loss(dict(loop.module.named_parameters()), batch).item()
+    assert plain != averaged
+    assert measured == (averaged if is_averaged else plain)
 
 
 def test_measuring_neither_trains_nor_counts_as_a_pass():

@@ -31,6 +31,13 @@ def weights_that_serve_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def averaged_steps(monkeypatch: pytest.MonkeyPatch, weights_that_serve_every_layer: None) -> None:
+    """Let ``GMNOptimizer(model)`` take the weights that it takes outside of these tests, whose steps are averaged."""
+    defaults = {**GMNOptimizer.__init__.__kwdefaults__, "weights": "default"}
+    monkeypatch.setattr(GMNOptimizer.__init__, "__kwdefaults__", defaults)
+
+
+@pytest.fixture
 def clean_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Run in an empty folder, which stays empty."""
     folder = tmp_path / "cwd"

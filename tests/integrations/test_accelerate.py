@@ -146,6 +146,21 @@ def test_the_optimizer_may_be_made_of_the_prepared_model(make_model, batches) ->
     assert_served(plain, len(batches))
 
 
+@pytest.mark.usefixtures("averaged_steps")
+def test_averages_are_there_for_evaluation(make_model, batches) -> None:
+    model, twin = make_model(), make_model()
+    setup = Setup(model, batches)
+    setup.train()
+    plain = train_plainly(twin, batches)
+    for each in (setup.optimizer, plain):
+        each.eval()
+    assert_same(model, twin)
+    averaged = snapshot(model)
+    setup.optimizer.train()
+    assert distance(model, averaged) > 0
+    setup.train()
+
+
 def test_a_closure_goes_through(make_model, batches) -> None:
     model, twin = make_model(), make_model()
     setup = Setup(model, batches)

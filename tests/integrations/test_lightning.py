@@ -12,6 +12,7 @@ from torch.optim.swa_utils import get_ema_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
 from gmn_optim import CaptureWarning, GMNOptimizer
+from gmn_optim.errors import EvaluationModeError
 from tests.cases import assert_equal_states, assert_same, distance, loss_of, mlp, snapshot, train
 from tests.integrations.checks import assert_served, assert_unserved, falls
 
@@ -193,6 +194,43 @@ def test_validation_between_steps_changes_nothing(make_trainer, batches) -> None
     assert trainer.callback_metrics["validation"].isfinite()
     assert_same(module, plain)
     assert_served(module.optimizer, 24)
+
+
+@pytest.mark.usefixtures("averaged_steps")
+def test_averages_are_validated_where_hooks_ask_for_them(make_trainer, batches) -> None:
+    class Averaged(Regression):
+        validated: list[dict[str, Tensor]] = []
+
+        def on_validation_start(self) -> None:
+            """Go to the averages."""
+            self.optimizers().eval()
+
+        def on_validation_end(self) -> None:
+            """Go on with the training."""
+            self.optimizers().train()
+
+        def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            """Keep what is evaluated."""
+            self.validated.append(snapshot(self))
+
+    class Forgetful(Averaged):
+        def on_validation_end(self) -> None:
+            """Forget it."""
+
+    with pytest.raises(EvaluationModeError):
+        make_trainer(max_epochs=2, num_sanity_val_steps=0).fit(Forgetful(), load(batches), load(batches[:1]))
+    module, plain = Averaged(), Regression()
+    module.validated.clear()
+    make_trainer(max_epochs=2, num_sanity_val_steps=0).fit(module, load(batches), load(batches[:1]))
+    optimizer = GMNOptimizer(plain)
+    for averaged in module.validated:
+        train(plain, optimizer, batches)
+        assert distance(plain, averaged) > 0
+        optimizer.eval()
+        assert_same(plain, averaged)
+        optimizer.train()
+    assert_same(module, plain)
+    assert len(module.validated) == 2
 
 
 # ---------------------------------------------------------------------- modules called in parts

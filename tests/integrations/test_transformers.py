@@ -212,3 +212,21 @@ def test_the_best_model_is_put_back(fit, tmp_path) -> None:
     assert losses[-1] < losses[0] and not best.endswith("checkpoint-36")
     assert_same(model, load_file(Path(best) / "model.safetensors"))
     assert_served(optimizer, 36)
+
+
+@pytest.mark.usefixtures("averaged_steps")
+def test_the_trainer_evaluates_and_saves_averages_and_goes_on_from_where_it_was(fit, tmp_path) -> None:
+    whole, resumed, plain, rows = *(make_bert(dropout=0.0) for _ in range(3)), classified()
+    options = dict(save_strategy="steps", save_steps=12, eval_strategy="steps", eval_steps=12)
+    optimizer, _ = fit(whole, rows, rows[:8], **options)
+    fit(plain, rows)
+    folder = tmp_path / "out" / "checkpoint-12"
+    saved = load_file(folder / "model.safetensors")
+    trained = torch.load(folder / "optimizer.pt", weights_only=True)["state"]
+    number = [name for name, _ in whole.named_parameters()].index("classifier.weight")
+    assert not torch.equal(saved["classifier.weight"], trained[number]["trained"])
+    optimizer.train()
+    assert_same(whole, plain)
+    again, _ = fit(resumed, rows, rows[:8], resume=str(folder), **options)
+    again.train()
+    assert_same(resumed, plain)

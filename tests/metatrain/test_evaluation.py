@@ -17,6 +17,15 @@ def test_a_seed_gives_the_same_curve_whatever_stands_beside_it():
     assert together.steps.tolist() == [0, 5, 10, 15, 20]
 
 
+def test_averages_are_measured_where_steps_are_averaged_and_asked_for():
+    unroll = Unroll(tasks["quadratic"](), UpdateRule(RuleConfig(nominal="kronecker_schedule_free", body=None)))
+    meta = unroll.meta_parameters()
+    plain, averaged = (evaluate(unroll, meta, [1, 2], every=5, averages=each) for each in (False, True))
+    assert torch.equal(plain.training[1:], averaged.training[1:])
+    assert torch.equal(plain.held_out[0], averaged.held_out[0])
+    assert not (plain.held_out[1:] == averaged.held_out[1:]).any()
+
+
 def test_curves_tell_when_a_target_is_reached():
     curves = Curves(torch.tensor([0, 10, 20]), torch.tensor([[3.0, 3.0], [1.0, 2.0], [2.0, 0.5]]), torch.zeros(3, 2))
     assert curves.steps_to(1.5).item() == 10

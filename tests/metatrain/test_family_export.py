@@ -13,15 +13,23 @@ from gmn_optim.errors import CheckpointError, InvalidArgumentError, WeightsError
 from gmn_optim.metatrain import FamilyConfig, family_export
 from gmn_optim.metatrain.choice import as_used, choose_summary, read_summaries
 from gmn_optim.metatrain.export_run import export_run
+from gmn_optim.metatrain.family_config import LATER_SETTINGS
 from gmn_optim.metatrain.family_evaluation import Protocol
 from gmn_optim.metatrain.log import append_line
 from gmn_optim.metatrain.reproduction import command_line
 from gmn_optim.metatrain.validation import Validation
-from gmn_optim.metatrain.verification import JUDGED_STEPS, Recomputed, verify_outer_steps, verify_replay
+from gmn_optim.metatrain.verification import (
+    JUDGED_STEPS,
+    Recomputed,
+    trainer_config,
+    verify_outer_steps,
+    verify_replay,
+)
 from gmn_optim.nn import GradMetaNetConfig
 from gmn_optim.rule import RuleConfig
 from gmn_optim.tasks import families
 from gmn_optim.weights import load_weights, save_weights
+from gmn_optim.weights_card import WeightsCard
 from tests.metatrain.families import RULE, TinyFamily, make_trainer
 
 PROTOCOL = Protocol(seeds=(1, 2), every=10)
@@ -138,6 +146,15 @@ def test_the_command_line_gives_back_the_settings(rule, trainer):
     assert FamilyConfig(**_chosen(options, FamilyConfig)) == config
     assert read_rule_options(options) == rule
     assert (options.family, str(options.folder)) == ("tiny", "runs/a b")
+
+
+def test_older_runs_do_not_tell_later_settings():
+    trainer = asdict(FamilyConfig())
+    settings = {"family": "tiny", "rule": RuleConfig().to_dict(), "trainer": trainer}
+    older = {**settings, "trainer": {name: value for name, value in trainer.items() if name not in LATER_SETTINGS}}
+    assert command_line(older, "runs/a") == command_line(settings, "runs/a")
+    card = WeightsCard(name="a", description="b", rule={}, training=older["trainer"])
+    assert trainer_config(card) == FamilyConfig()
 
 
 @pytest.mark.parametrize(

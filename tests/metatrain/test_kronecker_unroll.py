@@ -13,7 +13,7 @@ from gmn_optim.metatrain import MetaTrainer, TrainerConfig
 from gmn_optim.metatrain.unroll import Unroll, UnrollState
 from gmn_optim.nn import GradMetaNetConfig
 from gmn_optim.rule import RuleConfig, UpdateRule
-from tests.cases import assert_same, train
+from tests.cases import assert_same, make_rule, train
 from tests.test_optimizer import TinyTask
 
 NOMINAL = RuleConfig(nominal="kronecker_adam", body=None)
@@ -33,6 +33,30 @@ def test_many_steps_equal_many_inner_steps_of_meta_training() -> None:
     state, _ = unroll.run(unroll.meta_parameters(), state, batches)
     train(model, optimizer, list(batches[0][:, 0]))
     assert_same(model, dict(unroll.unflatten(tuple(flat[0] for flat in state.parameters))), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("arm", ["controller", "kronecker_schedule_free", "adam"])
+def test_averages_are_those_that_the_optimizer_evaluates(arm: str) -> None:
+    rules = [make_rule(arm, seed=seed).double() for seed in (1, 2)]
+    unroll, generator = Unroll(TinyTask(), rules[0]), torch.Generator().manual_seed(2)
+    meta = {
+        name: torch.stack([dict(rule.named_parameters())[name] for rule in rules])
+        for name in dict(rules[0].named_parameters())
+    }
+    state = unroll.start(generator, 2)
+    models = [copy.deepcopy(unroll.task.module) for _ in rules]
+    for k, model in enumerate(models):
+        model.load_state_dict(unroll.unflatten(tuple(flat[k] for flat in state.parameters)))
+    batches = unroll.batches(generator, 15, 2)
+    state, _ = unroll.run(meta, state, batches)
+    found = unroll.averages(meta, state)
+    for k, (model, rule) in enumerate(zip(models, rules, strict=True)):
+        optimizer = GMNOptimizer(model, weights=rule)
+        train(model, optimizer, list(batches[0][:, k]))
+        optimizer.eval()
+        assert_same(model, dict(unroll.unflatten(tuple(flat[k] for flat in found))), rtol=1e-7, atol=1e-9)
+    differ = [not torch.equal(a, b) for a, b in zip(found, state.parameters, strict=True)]
+    assert all(differ) if arm != "adam" else not any(differ)
 
 
 def test_trainings_of_different_ages_are_mapped_as_each_by_itself() -> None:

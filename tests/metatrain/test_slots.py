@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from gmn_optim.metatrain import FamilyConfig, MetaShape
@@ -5,10 +6,12 @@ from gmn_optim.metatrain.evaluation import measure
 from gmn_optim.metatrain.seeds import PURPOSES, derive_generator
 from gmn_optim.metatrain.slots import Slot, SlotProgress, draw_held_out, draw_horizon, draw_perturbations
 from gmn_optim.metatrain.standardization import log_meta_loss
+from gmn_optim.rule import RuleConfig
 from gmn_optim.tasks import tasks
 from tests.metatrain.families import RULE, SETTINGS, TinyFamily, build_rule
 
 CONFIG = FamilyConfig(**SETTINGS)
+AVERAGED = RuleConfig(nominal="kronecker_schedule_free", body="controller", width=4)
 
 
 def test_generators_of_different_places_and_purposes_differ():
@@ -54,12 +57,13 @@ def test_perturbations_are_new_at_every_step_and_nothing_where_masked():
     assert first.shape == (2, 3) and not first[:, 1].any() and first[:, 0].all()
 
 
-def test_the_meta_loss_is_that_of_held_out_data_as_often_as_asked_for():
-    rule = build_rule(RULE, seed=0)
+@pytest.mark.parametrize("averages", [False, True])
+def test_the_meta_loss_is_that_of_held_out_data_as_often_as_asked_for(averages):
+    rule = build_rule(AVERAGED, seed=0)
     meta = {name: value.detach() for name, value in rule.named_parameters()}
     shape = MetaShape(meta)
     flat = shape.flatten(meta)
-    config = FamilyConfig(**{**SETTINGS, "truncation": 6, "held_out_every": 3})
+    config = FamilyConfig(**{**SETTINGS, "truncation": 6, "held_out_every": 3, "averages": averages})
     slot, twin = (Slot(TinyFamily(), rule, config, number=1, draw=4) for _ in range(2))
     positive, _ = slot.advance(shape, flat, torch.zeros(2, len(flat)), SlotProgress(4, 0, 18))
     generator = derive_generator(config.seed, "batches", 1, 4, 0)
@@ -67,8 +71,10 @@ def test_the_meta_loss_is_that_of_held_out_data_as_often_as_asked_for():
     held_out, found = draw_held_out(twin.task, generator), []
     for first in (0, 3):
         some = tuple(torch.cat([part[first : first + 3]] * 2, dim=1) for part in batches)
-        twin.state, _ = twin.unroll.run(shape.unflatten(flat.expand(4, -1)), twin.state, some)
-        found.append(measure(twin.unroll, twin.state, held_out))
+        four = shape.unflatten(flat.expand(4, -1))
+        twin.state, _ = twin.unroll.run(four, twin.state, some)
+        found.append(measure(twin.unroll, twin.state, held_out, four if averages else None))
+    assert torch.equal(found[-1], measure(twin.unroll, twin.state, held_out)) is not averages
     wanted = log_meta_loss(torch.stack(found), twin.task, 0, 18)
     torch.testing.assert_close(positive, wanted[:2])
     trained = Slot(TinyFamily(), rule, FamilyConfig(**SETTINGS), number=1, draw=4)

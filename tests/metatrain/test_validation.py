@@ -52,6 +52,9 @@ def test_the_command_line_trains_goes_on_and_validates(tmp_path, capsys):
     summaries = [line for line in read_lines(whole) if "against_adam" in line]
     assert [line["step"] for line in summaries] == [0, 2, 4]
     assert set(summaries[0]["tasks"]) == {"quadratic"} and summaries[0]["worst_ratio"] > 0
+    assert not any(line["settings"]["averages"] for line in read_lines(whole))
+    assert main(["validate", str(whole), *VALIDATE.split(), "--averages"]) == 0
+    assert sum(line["settings"]["averages"] for line in read_lines(whole)) == len(read_lines(whole)) // 2
     assert summaries[0]["against_nominal"] > 0 and summaries[0]["untuned"] > 0
 
 
@@ -115,6 +118,7 @@ def test_an_outer_step_that_was_not_kept_is_named_with_those_that_were(tmp_path)
         ("meta-train --folder {f} --task quadratic --slots 3", "--slots given without --family"),
         ("meta-train --folder {f} --family tiny --frozen nothing", "['nothing'] fit no meta-parameter"),
         ("meta-train --folder {f} --family tiny --slots 2", "slots_per_step = 4 must be 1 to slots = 2"),
+        ("meta-train --folder {f} --family tiny --averages --held-out-every 0", "averages = True needs held_out_every"),
         ("validate {f}", "no readable checkpoint"),
     ],
 )
