@@ -41,6 +41,12 @@ def add_rule_options(group: Any) -> None:
         default=default.follow_every,
         help="steps between two looks of a nominal term with bases at the factors",
     )
+    group.add_argument(
+        "--largest-element",
+        type=float,
+        default=default.largest_element,
+        help="bound of the elements of steps that preconditioners make, 0 for none",
+    )
     group.add_argument("--setpoint", type=float, default=default.setpoint, help="what a controller starts from")
     group.add_argument(
         "--largest-pace", type=float, default=default.largest_pace, help="logarithm of a controller's largest factor"
@@ -84,6 +90,7 @@ def read_rule_options(options: argparse.Namespace) -> RuleConfig:
         alpha=options.alpha,
         beta=options.beta,
         follow_every=options.follow_every,
+        largest_element=options.largest_element,
         setpoint=options.setpoint,
         largest_pace=options.largest_pace,
         annealing=options.annealing,

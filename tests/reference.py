@@ -401,6 +401,7 @@ class KroneckerScheduleFree(KroneckerAdam):
         looks: Number of a step at which second moments are followed to how many steps that stands for; None for every
             step.
         factored: Whether roots of second moments are taken for products of row and column, as those of a weight are.
+        largest: Bound of elements, 0 for none.
     """
 
     def __init__(
@@ -412,8 +413,10 @@ class KroneckerScheduleFree(KroneckerAdam):
         sharpness: float = 10.0,
         looks: Mapping[int, int] | None = None,
         factored: bool = True,
+        largest: float = 0.0,
     ) -> None:
         super().__init__(start.shape, sides, due)
+        self.largest = largest
         self.looks, self.factored, self.roots = looks, factored, numpy.zeros(start.shape)
         self.x, self.y, self.z, self.scale, self.sharpness = start, start, start, scale, sharpness
 
@@ -448,9 +451,11 @@ class KroneckerScheduleFree(KroneckerAdam):
         return divided
 
     def _bounded(self, direction: numpy.ndarray) -> numpy.ndarray:
-        """Return a direction no larger than 1.5 (root mean square)."""
+        """Return a direction with bounded elements, and no larger than 1.5 (root mean square)."""
         if not self.factored:
             return direction
+        for (i, j), value in numpy.ndenumerate(direction.copy() if self.largest else direction[:0]):
+            direction[i, j] = max(-self.largest, min(self.largest, value))
         return direction * min(1.0, 1.5 / root_mean_square(direction.flatten().tolist()))
 
 

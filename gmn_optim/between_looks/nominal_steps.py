@@ -42,6 +42,7 @@ class NominalSteps:
     def __init__(self, term: KroneckerScheduleFreeTerm, turns: Tensor) -> None:
         names = "beta", "beta2", "epsilon", "damping"
         self.beta, self.beta2, self.epsilon, self.damping = (term.scalar(name, turns).item() for name in names)
+        self._largest_element = term.largest_element
 
     def of_matrix(self, each: HeldMatrix, active: ActiveByName, step_number: float) -> NominalStep:
         """Return the step of a matrix: preconditioners make it, or Adam in the bases.
@@ -54,7 +55,7 @@ class NominalSteps:
         gradients = [held.gradient(active) for held in each.parameters]
         gradient = each.matrix.joined(gradients)
         if each.has_preconditioners:
-            return NominalStep(preconditioned(each.basis, gradient), gradients, [])
+            return NominalStep(preconditioned(each.basis, gradient, self._largest_element), gradients, [])
         beta2 = min(self.beta2, MISSED_DECAY) if each.matrix.weight.missed else self.beta2
         turned = into(each.basis, gradient)
         second = torch.lerp(turned.square(), each.matrix.joined([held.second for held in each.parameters]), beta2)

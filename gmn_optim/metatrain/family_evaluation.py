@@ -111,7 +111,7 @@ def sweep_nominal(
     name: str, config: RuleConfig, protocol: Protocol, multipliers: Sequence[float], progress: bool = False
 ) -> Sweep:
     """Return the curves of a rule's nominal term alone on a task, by multiplier of its initial step size."""
-    kept = {"nominal": config.nominal, "alpha": config.alpha, "follow_every": config.follow_every}
+    kept = {name: getattr(config, name) for name in ("nominal", "alpha", "follow_every", "largest_element")}
     rule = UpdateRule(RuleConfig(body=None, **kept))
     grid = [multiplier * rule.alpha.initial for multiplier in multipliers]
     return dict(zip(multipliers, _sweep(name, rule, grid, protocol, progress), strict=True))

@@ -93,7 +93,7 @@ def _rule_words(rule: RuleConfig) -> list[str]:
     """Return the options of a rule."""
     arm = "nominal" if rule.body is None else rule.body + ("+gmn" if rule.gradmetanet else "")
     words = ["--arm", arm, "--nominal", rule.nominal, "--memory", rule.memory]
-    names = ["data_points", "width", "depth", "decay", "beta", "follow_every"]
+    names = ["data_points", "width", "depth", "decay", "beta", "follow_every", "largest_element"]
     names += ["setpoint", "largest_pace", "annealing", "concentration", "epochs"]
     for name in (*names, *(["alpha"] if rule.alpha is not None else [])):
         words += [_option(name), str(getattr(rule, name))]

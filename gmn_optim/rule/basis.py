@@ -223,6 +223,13 @@ def with_preconditioners(basis: Basis, roots: Tensor, floor: Tensor, epsilon: Te
     return basis._replace(row_preconditioner=of_rows, column_preconditioner=of_columns)
 
 
-def preconditioned(basis: Basis, gradient: Tensor) -> Tensor:
-    """Return a gradient (groups, o, i) between the preconditioners of its rows and columns."""
-    return precondition(basis.column_preconditioner, precondition_columns(basis.row_preconditioner, gradient))
+def preconditioned(basis: Basis, gradient: Tensor, largest: float = 0.0) -> Tensor:
+    """Return a gradient (groups, o, i) between the preconditioners of its rows and columns.
+
+    Args:
+        basis: Its bases.
+        gradient: The gradient.
+        largest: Bound of elements, 0 for none.
+    """
+    step = precondition(basis.column_preconditioner, precondition_columns(basis.row_preconditioner, gradient))
+    return step.clamp(-largest, largest) if largest else step

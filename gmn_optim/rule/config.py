@@ -52,6 +52,8 @@ class RuleConfig:
             size) is replaced by the nominal one.
         follow_every: Steps between two looks of a nominal term with bases, and of a body in them, at the factors, after
             the first hundred steps; before them fewer. A rule with a GradMetaNet looks at every step.
+        largest_element: Of a step that preconditioners make, see
+            :class:`gmn_optim.rule.schedule_free.KroneckerScheduleFreeTerm`; 0 for no bound.
 
     Example:
         >>> RuleConfig(nominal="adam", body=None).arm
@@ -81,6 +83,7 @@ class RuleConfig:
     least_size: float = 0.0
     guard: float = 1.0
     follow_every: int = 10
+    largest_element: float = 0.0
 
     def __post_init__(self) -> None:
         for registry, name in ((nominal_terms, self.nominal), (bodies, self.body), (factor_memories, self.memory)):
@@ -100,10 +103,16 @@ class RuleConfig:
             ("alpha", self.alpha is None or _is_positive(self.alpha), "positive, at most 1e6"),
             *((name, _is_positive(getattr(self, name)), "positive, at most 1e6") for name in ("beta", "guard")),
             ("largest_pace", _is_positive(self.largest_pace) and self.largest_pace <= 5, "positive, at most 5"),
+            ("largest_element", self._bounds_elements(), "0, or positive if the nominal term makes preconditioners"),
             ("share", self.share == 0 or _is_positive(self.share), "0 or positive, at most 1e6"),
             ("decay", self.decay == 0 or _is_positive(self.decay), "0 or positive"),
             *((name, type(getattr(self, name)) is bool, "true or false") for name in truths),
         ]
+
+    def _bounds_elements(self) -> bool:
+        """Return whether the largest element fits the nominal term."""
+        has_elements = nominal_terms[self.nominal].makes_preconditioners
+        return self.largest_element == 0 or (has_elements and _is_positive(self.largest_element))
 
     def _of_controllers(self) -> list[Check]:
         """Return checks of what belongs to a controller alone."""

@@ -75,6 +75,9 @@ class KroneckerAdamTerm(FollowedBases, AdamTerm):
     """Whether a learned body changes its steps. One that asks for two more buffers finds in them an average of the
     noise that the rows of factors show in the basis, and its own gain."""
 
+    largest_element = 0.0
+    """Bound of the elements of steps that preconditioners make, 0 for none."""
+
     def __init__(self, refresh_every: int = 50, method: str = "eigh", follow_every: int = FOLLOW_EVERY) -> None:
         super().__init__()
         self.refresh_every, self.follow_every, self.method = refresh_every, follow_every, eigenbases[method]
@@ -177,7 +180,7 @@ class KroneckerAdamTerm(FollowedBases, AdamTerm):
         if around.follow:
             damping = root(self.scalar("damping", around.turns))
             basis = self._follow_squares(matrix, basis, look, gradient, pieces, of_chunks, damping)
-        step = preconditioned(basis, gradient)
+        step = preconditioned(basis, gradient, self.largest_element)
         noise, rows = self._see_noise(matrix, basis, look, pieces, of_chunks, around)
         unturned = gradient, step, None, None, noise, rows, None, *_own_parts(matrix, pieces, around), look, False
         return Coordinates(matrix, basis, *unturned, age=around.age)

@@ -99,6 +99,7 @@ class AbstractNominalTerm(nn.Module, ABC):
         minds_small_weights: Whether networks most of whose weights are small by design keep the axes for bases.
         averages_steps: Whether parameters stand between the newest point and an average of all, the first buffer being
             how far the newest is from the average.
+        makes_preconditioners: Whether steps of weights are gradients between preconditioners of rows and columns.
     """
 
     default_alpha: float
@@ -106,6 +107,7 @@ class AbstractNominalTerm(nn.Module, ABC):
     uses_factors: bool = False
     minds_small_weights: bool = False
     averages_steps: bool = False
+    makes_preconditioners: bool = False
 
     @abstractmethod
     def direction(

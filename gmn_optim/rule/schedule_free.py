@@ -49,7 +49,9 @@ class KroneckerScheduleFreeTerm(KroneckerAdamTerm):
 
     The roots of a weight's second moments in the basis are taken for products of a number for each row and one for each
     column, and followed when the factors are read, unless these miss the gradient. Steps between two looks then cost
-    one product for each side (:mod:`gmn_optim.rule.preconditioner`).
+    one product for each side (:mod:`gmn_optim.rule.preconditioner`). Their elements may be bounded, so that a rare
+    feature, such as a column that is nearly constant but for a few large values, leaves the others their steps: it may
+    not have shown at the last look, and is divided by next to nothing.
 
     The steps of a matrix shrink with the root of its inputs and of the number of matrices, since more small steps add
     up at an output of a wide layer and of a deep model. They follow the size of its weights before the first step (root
@@ -74,6 +76,7 @@ class KroneckerScheduleFreeTerm(KroneckerAdamTerm):
     averages_gradients = False
     minds_small_weights = True
     averages_steps = True
+    makes_preconditioners = True
 
     def __init__(self, refresh_every: int = 50, method: str = "eigh", follow_every: int = FOLLOW_EVERY) -> None:
         super().__init__(refresh_every, method, follow_every)

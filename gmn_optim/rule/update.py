@@ -123,6 +123,7 @@ class UpdateRule(nn.Module):
         self.alpha = LogScalar(config.alpha or self.nominal.default_alpha)
         if self.nominal.uses_factors:
             self.nominal.follow_every = config.follow_every if config.gradmetanet is None else 1
+            self.nominal.largest_element = config.largest_element
         self.memory = factor_memories[config.memory]()
         if config.reads_neurons:
             # the network's last layer is the body's first, see PerParameterMLP

@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -102,6 +103,15 @@ def with_config(**changes: object) -> UpdateRule:
     for name, value in changes.items():
         object.__setattr__(rule.config, name, value)
     return rule
+
+
+@pytest.mark.parametrize("largest", [0.0, 0.5])
+def test_elements_are_bounded_as_by_the_rule(counter: Counter, largest: float) -> None:
+    rule = load_weights("default").rule
+    bounded = UpdateRule(replace(rule.config, largest_element=largest)).requires_grad_(False)
+    bounded.load_state_dict(rule.state_dict())
+    both(counter, MODELS["relu"], lambda model: GMNOptimizer(model, weights=bounded))
+    assert counter.taken == BETWEEN
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from gmn_optim.rule.basis import init_basis
-from gmn_optim.rule.bounded_steps import LARGEST_SIZE, bounded, root_mean_squares
+from gmn_optim.rule.basis import init_basis, preconditioned
+from gmn_optim.rule.bounded_steps import LARGEST_ELEMENT, LARGEST_SIZE, bounded, root_mean_squares
 from gmn_optim.rule.coordinates import Coordinates
 from gmn_optim.rule.layout import Layout, Segment, build_chunks
 
@@ -37,3 +37,20 @@ def test_steps_that_no_preconditioner_made_are_not_bounded() -> None:
     step = torch.full((1, 4, 3), 9.0)
     one, other = bounded([see(step, is_turned=True), see(step)])
     assert one.bound is None and one.step_size is None and other.bound < 1
+
+
+def test_a_column_that_was_nearly_constant_at_the_last_look_leaves_the_others_their_steps() -> None:
+    gradient = torch.randn(1, 4, 3, generator=torch.Generator().manual_seed(0))
+    sides = torch.eye(4).unsqueeze(0), torch.diag(torch.tensor([1.0, 1e4, 1.0])).unsqueeze(0)
+    basis = init_basis(MATRIX, gradient, preconditions=True)
+    basis = basis._replace(row_preconditioner=sides[0], column_preconditioner=sides[1])
+    (free,), (held,) = (bounded([see(preconditioned(basis, gradient, largest))]) for largest in (0.0, LARGEST_ELEMENT))
+    torch.testing.assert_close(held.step[..., [0, 2]], gradient[..., [0, 2]])
+    torch.testing.assert_close(held.step[..., 1], LARGEST_ELEMENT * gradient[..., 1].sign())
+    others = [(each.step * each.bound)[..., [0, 2]].norm() / gradient[..., [0, 2]].norm() for each in (free, held)]
+    assert others[0] < 0.001 and others[1] > 0.4
+
+
+def test_what_is_not_a_number_is_not_made_one() -> None:
+    basis = init_basis(MATRIX, torch.zeros(()), preconditions=True)._replace(row_preconditioner=torch.eye(4)[None])
+    assert preconditioned(basis, torch.full((1, 4, 3), torch.nan), LARGEST_ELEMENT).isnan().all()

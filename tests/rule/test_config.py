@@ -48,6 +48,7 @@ WRONG = {
     "beta": [0.0, -0.1, math.inf, math.nan],
     "guard": [0.0, -1.0, math.nan],
     "follow_every": [0, 1_001],
+    "largest_element": [-1.0, math.inf, math.nan, 4.0],  # of a nominal term without preconditioners
     "largest_pace": [0.0, 5.1],
     "decay": [-1.0, 1.0],
     "gated": [1],

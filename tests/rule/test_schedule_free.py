@@ -28,10 +28,11 @@ def _early_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(look_schedule, name, (1, 2, 3, 4))
 
 
-def make_rule() -> UpdateRule:
-    """Return the nominal term alone."""
+def make_rule(largest: float = 0.0) -> UpdateRule:
+    """Return the nominal term alone, with a bound of elements."""
     rule = UpdateRule(RuleConfig(nominal="kronecker_schedule_free", body=None, alpha=ALPHA))
     rule.nominal = KroneckerScheduleFreeTerm(refresh_every=4, follow_every=1)
+    rule.nominal.largest_element = largest
     return rule.double().requires_grad_(False)
 
 
@@ -56,9 +57,10 @@ def train(
     gradients: Sequence[dict[str, Tensor]],
     factors: Sequence[dict[str, DecomposedGradient]],
     momentum: float | None = None,
+    largest: float = 0.0,
 ) -> list[dict[str, Tensor]]:
     """Return the parameters after every step."""
-    rule, current, passed = make_rule(), tuple(chunk.flatten(start) for chunk in layout.chunks), []
+    rule, current, passed = make_rule(largest), tuple(chunk.flatten(start) for chunk in layout.chunks), []
     state = rule.init_state(layout, current[0])
     momenta = () if momentum is None else [torch.tensor(momentum).double()] * len(layout.chunks)
     for named, given in zip(gradients, factors, strict=True):
@@ -76,8 +78,9 @@ def joined(named: dict[str, Tensor], layer: str) -> numpy.ndarray:
 
 @pytest.mark.parametrize(("size", "momentum"), [(1.0, None), (0.3, 0.6), (0.0, None), (1e-3, None), (0.01, 0.0)])
 @pytest.mark.parametrize("widths", [(3, 4), (20, 3, 5, 2)])
+@pytest.mark.parametrize("largest", [0.0, 0.8])
 def test_matrices_take_the_steps_of_three_sequences(
-    widths: tuple[int, ...], size: float, momentum: float | None
+    widths: tuple[int, ...], size: float, momentum: float | None, largest: float
 ) -> None:
     layout, count = layers(*widths), len(widths) - 1
     sides = {str(number): pair for number, pair in enumerate(pairwise(widths))}
@@ -90,7 +93,7 @@ def test_matrices_take_the_steps_of_three_sequences(
         | {f"{n}.bias": f.sum_of_backprops() for n, f in each.items()}
         for each in factors
     ]
-    passed = train(layout, start, gradients, factors, momentum)
+    passed = train(layout, start, gradients, factors, momentum, largest)
     small = reference.most_are_small([start[f"{name}.weight"].numpy() for name in sides])
     assert small is (size == 0.01 and count > 1)
     for name, (inputs, _) in sides.items():
@@ -98,7 +101,7 @@ def test_matrices_take_the_steps_of_three_sequences(
         if not small:
             scale, turning = reference.schedule_free_scale(start[f"{name}.weight"].numpy(), inputs, count), (True, True)
             sharpness = 10.0
-        slow = reference.KroneckerScheduleFree(joined(start, name), turning, DUE, scale, sharpness)
+        slow = reference.KroneckerScheduleFree(joined(start, name), turning, DUE, scale, sharpness, largest=largest)
         for gradient, given, found in zip(gradients, factors, passed, strict=True):
             a, g = ([*factor.flatten(0, 1).numpy()] for factor in given[name])
             columns = [numpy.append(row, 1.0) for row in a]
