@@ -46,11 +46,20 @@ def load_checkpoint(path: Path, like: Any, settings: dict[str, Any]) -> tuple[An
 
 def _require_same_settings(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Raise if a run would go on with settings other than its own."""
-    wanted = json.loads(json.dumps(wanted))
-    differing = sorted(key for key in {**found, **wanted} if found.get(key) != wanted.get(key))
+    own, new = _leaves_of(found), _leaves_of(json.loads(json.dumps(wanted)))
+    differing = sorted(key for key in {**own, **new} if own.get(key) != new.get(key))
     if differing:
-        shown = "; ".join(f"{key}: {found.get(key)} in the checkpoint, {wanted.get(key)} now" for key in differing)
+        shown = "; ".join(f"{key}: {own.get(key)} in the checkpoint, {new.get(key)} now" for key in differing)
         raise CheckpointError(f"checkpoint {path} was made with other settings ({shown}); use them or another folder")
+
+
+def _leaves_of(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return nested settings as one mapping, the names of levels joined by dots."""
+    leaves: dict[str, Any] = {}
+    for key, value in settings.items():
+        nested = _leaves_of(value) if isinstance(value, dict) else {}
+        leaves |= {f"{key}.{name}": each for name, each in nested.items()} or {key: value}
+    return leaves
 
 
 def _named_leaves(tree: Any) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from gmn_optim.errors import InvalidArgumentError
 from gmn_optim.metatrain.trainer_config import TrainerConfig
@@ -67,6 +68,16 @@ class FamilyConfig(TrainerConfig):
             faults.append(f"slots_per_step = {self.slots_per_step!r} must be 1 to slots = {self.slots!r}")
         if faults:
             raise InvalidArgumentError("unusable settings for a family of tasks: " + "; ".join(faults))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as a run records them: as older runs do, where they do not differ from these.
+
+        Example:
+            >>> ["averages" in FamilyConfig(averages=each).to_dict() for each in (False, True)]
+            [False, True]
+        """
+        found = super().to_dict()
+        return {name: value for name, value in found.items() if LATER_SETTINGS.get(name, ...) != value}
 
     @property
     def pairs(self) -> int:

@@ -2,7 +2,6 @@
 
 import time
 from abc import ABC, abstractmethod
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ class OuterLoop(ABC):
         self.optimizer = torch.optim.Adam([self.meta], lr=config.lr, betas=config.betas)
         self.step_number = 0
         self.seconds = 0.0
-        self.settings = {"trainer": asdict(config), **(description or {})}
+        self.settings = {"trainer": config.to_dict(), **(description or {})}
         self.folder.mkdir(parents=True, exist_ok=True)
         self._saved = time.monotonic()
 

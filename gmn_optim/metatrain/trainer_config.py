@@ -1,7 +1,8 @@
 """Settings of a meta-training run, and the schedule of the outer step size."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from gmn_optim.errors import InvalidArgumentError
 from gmn_optim.metatrain.estimators import estimators
@@ -74,6 +75,10 @@ class TrainerConfig:
         if faults:
             raise InvalidArgumentError("unusable meta-training settings: " + "; ".join(faults))
         estimators[self.estimator]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as a run records them."""
+        return asdict(self)
 
     def learning_rate(self, step: int) -> float:
         """Return the outer step size at a step, counted from 0: linear warm-up, then a cosine.

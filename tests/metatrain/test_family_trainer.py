@@ -133,7 +133,7 @@ def test_a_run_without_any_slot_that_works_stops(tmp_path):
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     make_trainer(tmp_path).run(until=2, progress=False)
-    with pytest.raises(CheckpointError, match="other settings"):
+    with pytest.raises(CheckpointError, match=r"other settings \(trainer.sigma: 0.01 in the checkpoint, 0.02 now\)"):
         make_trainer(tmp_path, sigma=0.02)
 
 
