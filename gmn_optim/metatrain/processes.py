@@ -1,5 +1,6 @@
 """Processes that share a run: who is there, and tensors of a fixed size that each lets the others see."""
 
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,6 +73,9 @@ def join_processes() -> Iterator[Processes]:
     if _count() == 1:
         yield Processes()
         return
+    # Imported while there is a group, as optimizers do, this keeps the group for good: its threads would outlive it,
+    # and one that asks for the interpreter when that has ended aborts the process.
+    importlib.import_module("torch._dynamo")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")

@@ -52,6 +52,28 @@ def test_two_processes_do_what_one_does_and_each_goes_on_from_the_other(tmp_path
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
 
+LEAVING = """
+import os, torch
+from gmn_optim.metatrain.processes import join_processes
+with join_processes() as processes:
+    weight = torch.ones(2, requires_grad=True)
+    weight.grad = torch.ones(2)
+    torch.optim.Adam([weight]).step()  # torch imports what knows the group
+    processes.wait()
+print(*(open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listdir("/proc/self/task")))
+"""
+
+
+@needs_gloo
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are listed on Linux alone")
+def test_no_thread_of_the_group_outlives_it():
+    program = [*PROGRAM, "2", "--no-python", sys.executable, "-c", LEAVING]
+    variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(program, env=os.environ | variables, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "python" in done.stdout and "gloo" not in done.stdout, done.stdout
+
+
 @needs_gloo
 def test_processes_that_cannot_go_on_stop_together(tmp_path):
     done = run_processes(2, tmp_path, 4, 2, 3, 4, 5, 6)
