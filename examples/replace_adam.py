@@ -150,18 +150,17 @@ def steps_to(curve: Sequence[float], target: float, every: int) -> float:
 def compare(adam_lr: float, adam: list[Run], gmn: list[Run], settings: Settings) -> str:
     """Return the table; the target is the lowest point of tuned Adam's mean test curve."""
     target = min(mean_curve([run.test for run in adam]))
-    curves = {
-        f"Adam, lr {adam_lr:g} (tuned)": mean_curve([run.test for run in adam]),
-        "GMNOptimizer(model)": mean_curve([run.test for run in gmn]),
-        "the same after eval()": mean_curve([run.averaged for run in gmn]),
-    }
-    seconds = {label: sum(run.seconds for run in (gmn if number else adam)) for number, label in enumerate(curves)}
+    seconds = [sum(run.seconds for run in runs) for runs in (adam, gmn)]
+    measured = [
+        (f"Adam, lr {adam_lr:g} (tuned)", mean_curve([run.test for run in adam]), 1.0),
+        ("GMNOptimizer(model)", mean_curve([run.test for run in gmn]), seconds[1] / seconds[0]),
+        ("the same after eval()", mean_curve([run.averaged for run in gmn]), seconds[1] / seconds[0]),
+    ]
+    adams_steps = steps_to(measured[0][1], target, settings.every)
     rows = [("optimizer", "best test loss", f"steps to {target:.4f}", "step ratio", "time per step", "time to target")]
-    first = None
-    for label, curve in curves.items():
+    for label, curve, time_per_step in measured:
         needed = steps_to(curve, target, settings.every)
-        first = first or (needed, seconds[label])
-        steps, time_per_step = needed / first[0], seconds[label] / first[1]
+        steps = needed / adams_steps
         shown = (f"{needed:.0f}", f"{steps:.2f}") if math.isfinite(needed) else ("not reached", "-")
         to_target = f"{steps * time_per_step:.2f}" if math.isfinite(needed) else "-"
         rows.append((label, f"{min(curve):.4f}", *shown, f"{time_per_step:.2f}", to_target))

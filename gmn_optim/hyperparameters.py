@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from gmn_optim.errors import CaptureError, InvalidArgumentError, InvalidParameterError, ModelExpectedError, WeightsError
 from gmn_optim.rule import RuleConfig, UpdateRule
-from gmn_optim.rule.bounded_steps import LARGEST_ELEMENT
-from gmn_optim.rule.nominal import nominal_terms
+from gmn_optim.rule.nominal import largest_element_of
 from gmn_optim.weights import Weights, load_weights
 
 DEFAULT_NOMINAL = "adam"
@@ -45,8 +44,7 @@ def choose_rule(weights: str | Path | Weights | UpdateRule | None, nominal: str)
         ('adam', True)
     """
     if weights is None:
-        bound = LARGEST_ELEMENT if nominal_terms[nominal].makes_preconditioners else 0.0
-        config = RuleConfig(nominal=nominal, body=None, alpha=1.0, largest_element=bound)
+        config = RuleConfig(nominal=nominal, body=None, alpha=1.0, largest_element=largest_element_of(nominal))
         return UpdateRule(config).requires_grad_(False), nominal
     if nominal != DEFAULT_NOMINAL:
         raise InvalidArgumentError(

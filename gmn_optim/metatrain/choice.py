@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 from gmn_optim.errors import CheckpointError, InvalidArgumentError
 from gmn_optim.metatrain.log import read_lines
 from gmn_optim.rule import RuleConfig
-from gmn_optim.rule.bounded_steps import LARGEST_ELEMENT
-from gmn_optim.rule.nominal import nominal_terms
+from gmn_optim.rule.nominal import largest_element_of
 
 Summary = Mapping[str, Any]
 """A line of ``validation.jsonl`` that tells means and figures of an outer step."""
@@ -55,9 +54,7 @@ def as_used(config: RuleConfig, share: float) -> RuleConfig:
     concentration = config.concentration or (CONCENTRATION if config.body == "controller" else 0.0)
     epochs = config.epochs or (EPOCHS if config.body == "controller" else 0.0)
     of_body = {"largest_pace": pace, "annealing": annealing, "concentration": concentration, "epochs": epochs}
-    bounded = config.largest_element or (
-        LARGEST_ELEMENT if nominal_terms[config.nominal].makes_preconditioners else 0.0
-    )
+    bounded = config.largest_element or largest_element_of(config.nominal)
     return replace(config, share=share, least_size=least_size, largest_element=bounded, **of_body)
 
 

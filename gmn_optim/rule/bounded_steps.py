@@ -9,10 +9,6 @@ from torch import Tensor
 from gmn_optim.constants import constant_tensor
 from gmn_optim.rule.coordinates import Coordinates
 
-LARGEST_ELEMENT = 4.0
-"""Bound of elements in exported weights, and in a nominal term alone, where preconditioners make steps. Meta-training
-has none."""
-
 LARGEST_SIZE = 1.5
 """A step of preconditioners has at most this root mean square. Adam's own have one at most."""
 

@@ -17,6 +17,9 @@ from gmn_optim.rule.training_constants import TrainingConstants
 
 Buffers = tuple[Tensor, ...]
 
+LARGEST_ELEMENT = 4.0
+"""Bound of the elements of steps that preconditioners make."""
+
 LEAST_SQUARE = 1e-36
 """Roots are taken of at least this, far below epsilon's square: the slope of the root of zero is infinite."""
 
@@ -153,6 +156,16 @@ class AbstractNominalTerm(nn.Module, ABC):
     def follows(self, age: int | Tensor) -> bool | Tensor:
         """Return whether factors are read at the ``age``-th step of the bases, or at every step without bases."""
         return True
+
+
+def largest_element_of(nominal: str) -> float:
+    """Return the bound of elements that a nominal term is used with, by its name; 0 for none. Meta-training has none.
+
+    Example:
+        >>> largest_element_of("kronecker_schedule_free"), largest_element_of("adam")
+        (4.0, 0.0)
+    """
+    return LARGEST_ELEMENT if nominal_terms[nominal].makes_preconditioners else 0.0
 
 
 @nominal_terms.register("momentum")

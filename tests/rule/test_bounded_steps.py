@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from gmn_optim.rule.basis import init_basis, preconditioned
-from gmn_optim.rule.bounded_steps import LARGEST_ELEMENT, LARGEST_SIZE, bounded, root_mean_squares
+from gmn_optim.rule.bounded_steps import LARGEST_SIZE, bounded, root_mean_squares
 from gmn_optim.rule.coordinates import Coordinates
 from gmn_optim.rule.layout import Layout, Segment, build_chunks
+from gmn_optim.rule.nominal import LARGEST_ELEMENT
 
 (MATRIX,) = Layout(tuple(build_chunks([Segment("0.weight", (4, 3), "0", "weight")], True))).matrices
 
